@@ -1,0 +1,78 @@
+"""`crop_resize`: boxes cut out of images and resized to one size."""
+
+import torch
+from torch import Tensor
+
+import scaphoid.kernels.library  # noqa: F401  (loads the ops)
+
+
+def crop_resize(image: Tensor, boxes: Tensor, size: int) -> Tensor:
+    """Bilinear crops with half-pixel centres (`align_corners=False`), clamped to the image.
+
+    Output pixel `i` of an axis reads position `x0 + (i + 0.5) * (x1 - x0) / size - 0.5`, clamped to `[0, side - 1]`.
+
+    Args:
+        image: `Tensor[B, C, H, W]`, uint8, float32 or float64; any strides.
+        boxes: `Tensor[B, n, 4]`, `(x0, y0, x1, y1)` in pixels; float32, for a float64 image float64. The formula holds
+            for every box: an empty one repeats a point, a reversed one mirrors, one outside the image repeats its
+            border. A position that is not a number reads pixel 0.
+        size: side of the crops in pixels.
+
+    Returns:
+        `Tensor[B, n, C, size, size]` of the image's dtype; uint8 is rounded half to even. A float pixel that is not
+        finite spreads to every output that reads it, also with weight 0.
+
+    For float images differentiable in the image and in the boxes (once); a clamped position does not move with its box.
+    Raises RuntimeError that names the argument, what was expected and what came.
+    """
+    return torch.ops.scaphoid.crop_resize(image, boxes, size)
+
+
+@torch.library.register_fake("scaphoid::crop_resize")
+def _fake(image, boxes, size):
+    return image.new_empty((image.shape[0], boxes.shape[1], image.shape[1], size, size))
+
+
+@torch.library.register_fake("scaphoid::crop_resize_backward")
+def _fake_backward(grad, image, boxes):
+    return image.new_empty(image.shape), image.new_empty(boxes.shape)
+
+
+def _setup_context(ctx, inputs, output):
+    image, boxes, _size = inputs
+    ctx.save_for_backward(image, boxes)
+
+
+def _backward(ctx, grad):
+    return *torch.ops.scaphoid.crop_resize_backward(grad, *ctx.saved_tensors), None
+
+
+torch.library.register_autograd("scaphoid::crop_resize", _backward, setup_context=_setup_context)
+
+
+def sample_positions(start: Tensor, end: Tensor, size: int, limit: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Pixels before and after each output position and the weight of the second: `[..., size]` for ends `[...]`."""
+    steps = torch.arange(size, dtype=start.dtype, device=start.device) + 0.5
+    position = start[..., None] + steps * (end - start)[..., None] / size - 0.5
+    position = torch.where(position >= 0, position, torch.zeros_like(position))  # NaN compares false
+    position = torch.where(position <= limit - 1, position, torch.full_like(position, limit - 1))
+    low = position.detach().long()
+    return low, (low + 1).clamp(max=limit - 1), position - low
+
+
+def crop_resize_reference(image: Tensor, boxes: Tensor, size: int) -> Tensor:
+    """`crop_resize` in plain PyTorch, differentiable by autograd; the same arguments and results."""
+    x0, y0, x1, y1 = boxes.unbind(-1)
+    left, right, along = sample_positions(x0, x1, size, image.shape[3])
+    top, bottom, down = sample_positions(y0, y1, size, image.shape[2])
+    pixels = image.to(boxes.dtype).permute(0, 2, 3, 1)  # indices first, so that gathered rows end in channels
+    batch = torch.arange(image.shape[0], device=image.device)[:, None, None, None]
+
+    def row(y: Tensor) -> Tensor:
+        y = y[..., :, None]
+        first, second = pixels[batch, y, left[..., None, :]], pixels[batch, y, right[..., None, :]]
+        return first + along[..., None, :, None] * (second - first)
+
+    upper, lower = row(top), row(bottom)
+    crops = (upper + down[..., :, None, None] * (lower - upper)).permute(0, 1, 4, 2, 3)
+    return crops if image.is_floating_point() else crops.round().to(image.dtype)

@@ -1,0 +1,214 @@
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from scaphoid.kernels.crop_resize import crop_resize, crop_resize_reference
+
+SIDES = st.integers(1, 37)
+
+
+def draw_image(seed: int, shape: tuple[int, ...], dtype: torch.dtype, layout: str) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    image = torch.randint(0, 256, shape, generator=generator).to(dtype)
+    if layout == "channels_last":
+        return image.to(memory_format=torch.channels_last)
+    return image.flip(3).transpose(2, 3).contiguous().transpose(2, 3) if layout == "transposed" else image
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    batch=st.integers(0, 3),
+    n=st.integers(0, 4),
+    channels=st.integers(0, 3),
+    height=SIDES,
+    width=SIDES,
+    size=SIDES,
+    dtype=st.sampled_from([torch.uint8, torch.float32, torch.float64]),
+    layout=st.sampled_from(["contiguous", "channels_last", "transposed"]),
+    seed=st.integers(0, 2**31),
+)
+def test_matches_reference(random_boxes, batch, n, channels, height, width, size, dtype, layout, seed):
+    image = draw_image(seed, (batch, channels, height, width), dtype, layout)
+    boxes = random_boxes(seed, batch, n, height, width)
+    boxes = boxes if dtype == torch.float64 else boxes.float()
+    crops = crop_resize(image, boxes, size)
+    assert crops.dtype == dtype
+    assert crops.shape == (batch, n, channels, size, size)
+    tolerance = {torch.uint8: 0, torch.float32: 1e-4, torch.float64: 1e-10}[dtype]
+    torch.testing.assert_close(crops, crop_resize_reference(image, boxes, size), rtol=0, atol=tolerance)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    batch=st.integers(0, 2),
+    n=st.integers(0, 3),
+    channels=st.integers(0, 2),
+    height=st.integers(1, 11),
+    width=st.integers(1, 11),
+    size=st.integers(1, 9),
+    layout=st.sampled_from(["contiguous", "channels_last", "transposed"]),
+    seed=st.integers(0, 2**31),
+)
+def test_gradients_match_reference(random_boxes, batch, n, channels, height, width, size, layout, seed):
+    image = draw_image(seed, (batch, channels, height, width), torch.float64, layout).requires_grad_()
+    boxes = random_boxes(seed, batch, n, height, width).requires_grad_()
+    weight = torch.rand(batch, n, channels, size, size, dtype=torch.float64)
+    grads = [
+        torch.autograd.grad((op(image, boxes, size) * weight).sum(), (image, boxes))
+        for op in (crop_resize, crop_resize_reference)
+    ]
+    for ours, theirs in zip(*grads, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_gradcheck(random_boxes):
+    image = torch.rand(1, 2, 5, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    boxes = random_boxes(1, 1, 2, 5, 4).requires_grad_()
+    assert torch.autograd.gradcheck(lambda image, boxes: crop_resize(image, boxes, 3), (image, boxes))
+
+
+def test_no_gradient_through_uint8():
+    boxes = torch.tensor([[[0.0, 0.0, 4.0, 4.0]]]).requires_grad_()
+    assert not crop_resize(torch.zeros(1, 1, 4, 4, dtype=torch.uint8), boxes, 3).requires_grad
+
+
+def test_gradient_in_float32_follows_float64(random_boxes):
+    generator = torch.Generator().manual_seed(0)
+    image, boxes = torch.rand(2, 1, 33, 29, generator=generator), random_boxes(2, 2, 2, 33, 29).float()
+    grads = []
+    for dtype in (torch.float32, torch.float64):
+        inputs = [tensor.to(dtype).requires_grad_() for tensor in (image, boxes)]
+        grads.append(torch.autograd.grad(crop_resize(*inputs, 17).square().sum(), inputs))
+    for ours, theirs in zip(*grads, strict=True):
+        torch.testing.assert_close(ours, theirs.float(), rtol=1e-3, atol=1e-3)
+
+
+def test_gradient_of_the_whole_image_at_its_size():
+    """Every position sits on a pixel, the outermost on the border of what clamping allows."""
+    image = torch.rand(1, 1, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    boxes = torch.tensor([[[0, 0, 6, 6]]], dtype=torch.float64).requires_grad_()
+    ours, theirs = (
+        torch.autograd.grad(op(image, boxes, 6).square().sum(), boxes)[0] for op in (crop_resize, crop_resize_reference)
+    )
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_agrees_with_grid_sample(random_boxes):
+    generator = torch.Generator().manual_seed(0)
+    image = torch.rand(3, 2, 31, 45, dtype=torch.float64, generator=generator)
+    boxes = random_boxes(3, 3, 1, 31, 45)
+    x0, y0, x1, y1 = (boxes[:, 0] / torch.tensor([45, 31, 45, 31]) * 2 - 1).unbind(1)
+    zero = torch.zeros_like(x0)
+    rows = ((x1 - x0) / 2, zero, (x0 + x1) / 2, zero, (y1 - y0) / 2, (y0 + y1) / 2)
+    grid = torch.nn.functional.affine_grid(torch.stack(rows, 1).view(3, 2, 3), [3, 2, 19, 19], align_corners=False)
+    expected = torch.nn.functional.grid_sample(image, grid, padding_mode="border", align_corners=False)
+    torch.testing.assert_close(crop_resize(image, boxes, 19)[:, 0], expected)
+
+
+def test_whole_image_at_its_size_is_the_image():
+    image = draw_image(0, (2, 1, 448, 448), torch.uint8, "contiguous")
+    boxes = torch.tensor([0.0, 0.0, 448.0, 448.0]).expand(2, 1, 4)
+    assert torch.equal(crop_resize(image, boxes, 448)[:, 0], image)
+
+
+def test_uint8_rounds_half_to_even():
+    image = torch.tensor([[[[0, 1, 2, 3, 254, 255]]]], dtype=torch.uint8)
+    boxes = torch.tensor([[[x + 0.5, 0, x + 1.5, 1] for x in range(5)]])
+    assert crop_resize(image, boxes, 1).flatten().tolist() == [0, 2, 2, 128, 254]
+
+
+@pytest.mark.parametrize(
+    ("box", "expected"),
+    [
+        ((1, 1, 1, 1), [[2.5, 2.5], [2.5, 2.5]]),  # empty: the point between four pixels
+        ((2, 0, 0, 2), [[2, 1], [4, 3]]),  # reversed: mirrored
+        ((-9, -9, -5, -5), [[1, 1], [1, 1]]),  # past a corner: its pixel
+        ((5, 0, 9, 2), [[2, 2], [4, 4]]),  # past the right border: its column
+        ((math.nan, 0, 2, 2), [[1, 1], [3, 3]]),  # not a number: pixel 0
+        ((-math.inf, 0, math.inf, 2), [[1, 1], [3, 3]]),  # infinity less infinity: pixel 0
+        ((math.inf, 0, math.inf, 2), [[1, 1], [3, 3]]),
+        ((1e30, 0, 2e30, 2), [[2, 2], [4, 4]]),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_boxes_that_are_degenerate_or_outside(box, expected, dtype):
+    image = torch.tensor([[[[1, 2], [3, 4]]]], dtype=dtype)
+    boxes = torch.tensor([[box]], dtype=dtype)
+    assert crop_resize(image, boxes, 2)[0, 0, 0].tolist() == expected
+    assert crop_resize_reference(image, boxes, 2)[0, 0, 0].tolist() == expected
+
+
+def test_gradients_of_degenerate_boxes_are_finite():
+    image = torch.rand(1, 1, 4, 4, requires_grad=True)
+    boxes = torch.tensor([[[1, 1, 1, 1], [math.nan, 0, 2, 2], [-9, -9, -5, -5]]]).float().requires_grad_()
+    crop_resize(image, boxes, 3).sum().backward()
+    assert torch.isfinite(image.grad).all()
+    assert torch.isfinite(boxes.grad).all()
+    assert boxes.grad[0, 2].tolist() == [0] * 4
+
+
+def test_pixels_that_are_not_finite_spread_to_their_readers_only():
+    image = torch.zeros(2, 1, 8, 8)
+    image[0, 0, 0, 0] = math.nan
+    boxes = torch.tensor([[0.0, 0.0, 8.0, 8.0], [4.0, 4.0, 8.0, 8.0]]).expand(2, 2, 4)
+    crops = crop_resize(image, boxes, 4)
+    assert torch.isnan(crops[0, 0, 0]).nonzero().tolist() == [[0, 0]]
+    assert torch.isfinite(crops[0, 1]).all()
+    assert torch.isfinite(crops[1]).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+def test_threads_do_not_change_the_result(random_boxes, dtype):
+    """Large enough to be split, at rows inside a crop."""
+    image = draw_image(0, (2, 2, 211, 197), dtype, "contiguous")
+    boxes = random_boxes(4, 2, 3, 211, 197).float()
+    threads = torch.get_num_threads()
+    try:
+        crops = []
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            crops.append(crop_resize(image, boxes, 227))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(*crops)
+
+
+def test_strides_beyond_32_bits():
+    storage = torch.empty(2**32 + 8, dtype=torch.uint8)  # untouched pages cost nothing
+    image = storage.as_strided((1, 1, 2, 3), (1, 1, 2**32 - 5, 2))
+    image[:] = torch.tensor([[10, 20, 30], [40, 50, 60]])
+    boxes = torch.tensor([[[0.0, 0.0, 3.0, 2.0]]])
+    expected = crop_resize(image.contiguous(), boxes, 5)
+    assert torch.equal(crop_resize(image, boxes, 5), expected)
+    assert expected.max() == 60
+
+
+@pytest.mark.parametrize(
+    ("image", "boxes", "size", "message"),
+    [
+        (torch.zeros(1, 1, 4, 4, dtype=torch.int32), torch.zeros(1, 2, 4), 3, r"image must be uint8, .* got int32"),
+        (torch.zeros(1, 4, 4), torch.zeros(1, 2, 4), 3, r"image must be float32 \[B, C, H, W\], .* \[1, 4, 4\]"),
+        (torch.zeros(1, 1, 0, 4), torch.zeros(1, 2, 4), 3, r"image must have at least one pixel; got .*\[1, 1, 0, 4\]"),
+        (torch.zeros(2, 1, 4, 4), torch.zeros(1, 2, 4), 3, r"boxes must be .* here \[2, \*, 4\]; got .* \[1, 2, 4\]"),
+        (torch.zeros(1, 1, 4, 4), torch.zeros(1, 4), 3, r"boxes must be float32 \[B, n, 4\], .* got float32 \[1, 4\]"),
+        (torch.zeros(1, 1, 4, 4).double(), torch.zeros(1, 1, 4), 3, r"boxes must be float64 .* got float32"),
+        (torch.zeros(1, 1, 4, 4), torch.zeros(1, 1, 4), 0, r"crop_resize: size must be at least 1; got 0"),
+    ],
+)
+def test_refuses(image, boxes, size, message):
+    with pytest.raises(RuntimeError, match=message):
+        crop_resize(image, boxes, size)
+
+
+def test_backward_refuses():
+    backward = torch.ops.scaphoid.crop_resize_backward
+    image, boxes = torch.zeros(1, 1, 4, 4), torch.zeros(1, 2, 4)
+    with pytest.raises(RuntimeError, match=r"grad must be \[B, n, C, size, size\]; got float32 \[1, 3, 3\]"):
+        backward(torch.zeros(1, 3, 3), image, boxes)
+    with pytest.raises(RuntimeError, match=r"grad must be .* here \[1, 2, 1, 3, 3\]; got float32 \[1, 2, 1, 2, 3\]"):
+        backward(torch.zeros(1, 2, 1, 2, 3), image, boxes)
+    with pytest.raises(RuntimeError, match=r"image must be float32 or float64; got uint8"):
+        backward(torch.zeros(1, 2, 1, 3, 3), image.byte(), boxes)

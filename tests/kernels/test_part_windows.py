@@ -1,0 +1,135 @@
+import math
+
+import pytest
+import torch
+import torchvision
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from scaphoid.kernels.part_windows import list_windows, part_windows, part_windows_reference
+
+MSFM_SHAPES = [6, 6, 7, 5, 8, 8, 6, 10, 7, 9, 10, 10, 9, 11, 8, 12]
+MSFM = (MSFM_SHAPES, [2, 3, 3], [2, 2, 3], 0.25)
+
+
+@st.composite
+def cases(draw):
+    """A map's size and groups of window shapes that fit it."""
+    h, w = draw(st.integers(1, 9)), draw(st.integers(1, 9))
+    sizes = draw(st.lists(st.integers(1, 3), max_size=3))
+    counts = [draw(st.integers(0, 4)) for _ in sizes]
+    shapes = [draw(st.integers(1, side)) for _ in range(sum(sizes)) for side in (h, w)]
+    return h, w, shapes, sizes, counts, draw(st.sampled_from([0.0, 0.2, 0.25, 1 / 3, 1.0]))
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    case=cases(),
+    batch=st.integers(0, 3),
+    levels=st.integers(0, 3),
+    transposed=st.booleans(),
+    seed=st.integers(0, 2**31),
+)
+def test_matches_reference(random_maps, case, batch, levels, transposed, seed):
+    h, w, *groups = case
+    activation = random_maps(seed, (batch, h, w), levels, transposed)
+    ours = part_windows(activation, 101, 77, *groups)
+    theirs = part_windows_reference(activation, 101, 77, *groups)
+    assert ours[0].shape == (batch, sum(groups[2]), 4)
+    torch.testing.assert_close(ours[0], theirs[0], rtol=0, atol=0)
+    torch.testing.assert_close(ours[1], theirs[1], rtol=0, atol=0)
+    torch.testing.assert_close(ours[2], theirs[2])
+
+
+def test_agrees_with_average_pooling_and_torchvision_nms():
+    maps = torch.rand(6, 14, 14, generator=torch.Generator().manual_seed(0))
+    boxes, scores, _ = part_windows(maps, 448, 448, *MSFM)
+    shapes = list(zip(MSFM_SHAPES[::2], MSFM_SHAPES[1::2], strict=True))
+    for b in range(len(maps)):
+        kept, first = 0, 0
+        for size, count in zip([2, 3, 3], [2, 2, 3], strict=True):
+            group = shapes[first : first + size]
+            pooled = [torch.nn.functional.avg_pool2d(maps[b][None], shape, 1).flatten() for shape in group]
+            windows = list_windows(14, 14, group)[:, [1, 0, 3, 2]] * 32.0
+            survivors = torchvision.ops.nms(windows, torch.cat(pooled), 0.25)[:count]
+            survivors = torch.cat((survivors, survivors[-1:].repeat(count - len(survivors))))
+            torch.testing.assert_close(boxes[b, kept : kept + count], windows[survivors])
+            torch.testing.assert_close(scores[b, kept : kept + count], torch.cat(pooled)[survivors])
+            kept, first = kept + count, first + size
+
+
+def test_ties_follow_shape_order_then_row_major():
+    boxes, scores, margin = part_windows(torch.full((1, 4, 5), 0.1), 40, 50, [2, 3, 3, 2], [2], [3], 0.0)
+    assert boxes[0].tolist() == [[0, 0, 30, 20], [0, 20, 30, 40], [30, 0, 50, 30]]
+    torch.testing.assert_close(scores, torch.full((1, 3), 0.1), rtol=0, atol=0)
+    assert margin.tolist() == [0]
+
+
+def test_overlap_equal_to_the_threshold_survives():
+    """Windows of two cells that share one have IoU 1/3."""
+    activation = torch.tensor([[[0.0, 3.0, 2.0, 0.0]]])
+    kept = part_windows(activation, 1, 4, [1, 2], [1], [2], 1 / 3)[0]
+    assert kept[0].tolist() == [[1, 0, 3, 1], [0, 0, 2, 1]]
+    dropped = part_windows(activation, 1, 4, [1, 2], [1], [2], 0.33)[0]
+    assert dropped[0].tolist() == [[1, 0, 3, 1]] * 2
+
+
+def test_margin_is_the_smallest_gap_to_a_rival():
+    activation = torch.tensor([[[8.0, 5.0, 4.0, -10.0]]])
+    _, scores, margin = part_windows(activation, 4, 4, [1, 1], [1], [3], 0.5)
+    assert scores.tolist() == [[8, 5, 4]]
+    torch.testing.assert_close(margin, torch.tensor([0.1]))
+
+
+def test_a_pick_without_a_rival_decides_nothing():
+    boxes, scores, margin = part_windows(torch.tensor([[[1.0, 2.0]]]), 10, 10, [1, 2], [1], [3], 0.25)
+    assert boxes[0].tolist() == [[0, 0, 10, 10]] * 3
+    assert scores.tolist() == [[1.5] * 3]
+    assert margin.tolist() == [1]
+
+
+def test_window_of_one_cell_on_a_map_of_one_cell():
+    boxes, scores, margin = part_windows(torch.full((1, 1, 1), 7.0), 33, 21, [1, 1], [1], [2], 0.25)
+    assert boxes[0].tolist() == [[0, 0, 21, 33]] * 2
+    assert scores.tolist() == [[7, 7]]
+    assert margin.tolist() == [0]
+
+
+def test_no_windows():
+    boxes, scores, margin = part_windows(torch.rand(3, 4, 4), 8, 8, [], [], [], 0.25)
+    assert boxes.shape == (3, 0, 4)
+    assert scores.shape == (3, 0)
+    assert margin.shape == (3,)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("cell", [0, 77])
+def test_a_map_that_is_not_finite_gives_whole_images_and_spares_its_neighbours(value, cell):
+    maps = torch.rand(3, 14, 14, generator=torch.Generator().manual_seed(0))
+    clean = part_windows(maps, 448, 440, *MSFM)
+    maps[1].view(-1)[cell] = value
+    boxes, scores, margin = part_windows(maps, 448, 440, *MSFM)
+    assert boxes[1].tolist() == [[0, 0, 440, 448]] * 7
+    assert scores[1].tolist() == [0] * 7
+    assert margin[1] == 0
+    for ours, theirs in zip((boxes, scores, margin), clean, strict=True):
+        assert torch.equal(ours[[0, 2]], theirs[[0, 2]])
+
+
+@pytest.mark.parametrize(
+    ("groups", "message"),
+    [
+        (([4, 4, 3], [1], [1], 0.25), r"part_windows: window_shapes must be pairs of height and width; got 3 numbers"),
+        (([4, 6], [1], [1], 0.25), r"between \[1, 1\] and the map's \[4, 5\] cells; got \[4, 6\]"),
+        (([0, 1], [1], [1], 0.25), r"window_shapes must be between .* got \[0, 1\]"),
+        (([1, 1], [1], [1, 1], 0.25), r"group_sizes and group_counts must be equally long; got \[1\] and \[1, 1\]"),
+        (([1, 1], [2], [1], 0.25), r"group_sizes must add up to the 1 shapes of window_shapes; got \[2\]"),
+        (([1, 1], [1, 0], [1, 1], 0.25), r"group_sizes must be at least 1 each; got \[1, 0\]"),
+        (([1, 1], [1], [-1], 0.25), r"group_counts must not be negative; got \[-1\]"),
+        (([1, 1], [1], [1], 1.5), r"iou_threshold must be in \[0, 1\]; got 1.5"),
+        (([1, 1], [1], [1], math.nan), r"iou_threshold must be in \[0, 1\]; got nan"),
+    ],
+)
+def test_refuses(groups, message):
+    with pytest.raises(RuntimeError, match=message):
+        part_windows(torch.zeros(1, 4, 5), 8, 8, *groups)
