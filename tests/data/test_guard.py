@@ -1,0 +1,168 @@
+"""What the guard rejects, with which reason, and that it never asks a decoder."""
+
+import io
+import struct
+import tracemalloc
+import zlib
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from scaphoid.trainer.data.guard import MAX_PIXELS, RejectedImage, check_encoded, check_levels
+
+GREY = np.add.outer(np.arange(47) * 3, np.arange(61) * 2).astype(np.uint8)
+
+
+def encode(pixels, format: str, **options) -> bytes:
+    file = io.BytesIO()
+    (pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)).save(file, format, **options)
+    return file.getvalue()
+
+
+def png_chunk(kind: bytes, body: bytes) -> bytes:
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+
+def png(width: int, height: int, compressed: bytes, colour: int = 0) -> bytes:
+    """A PNG whose chunks are sound, whatever its pixels."""
+    header = png_chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, colour, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + png_chunk(b"IDAT", compressed) + png_chunk(b"IEND", b"")
+
+
+RGBA = np.dstack([GREY, GREY, GREY, np.full_like(GREY, 255)])
+GOOD = {
+    "png": encode(GREY, "PNG"),
+    "png interlaced": encode(GREY, "PNG", interlace=1),
+    "png 16 bit": encode(GREY.astype(np.uint16) * 257, "PNG"),
+    "png palette": encode(Image.fromarray(GREY).convert("P"), "PNG"),
+    "png opaque alpha": encode(RGBA, "PNG"),
+    "jpeg": encode(GREY, "JPEG"),
+    "jpeg progressive": encode(GREY, "JPEG", progressive=True),
+    "jpeg cmyk": encode(Image.fromarray(RGBA[..., :3]).convert("CMYK"), "JPEG"),
+    "jpeg trailing bytes": encode(GREY, "JPEG") + bytes(100),
+    "bmp": encode(GREY, "BMP"),
+    "tiff": encode(GREY, "TIFF"),
+    "tiff lzw": encode(GREY, "TIFF", compression="tiff_lzw"),
+    "tiff 16 bit": encode(GREY.astype(np.uint16) * 257, "TIFF"),
+    "pgm": encode(GREY, "PPM"),
+    "pgm 16 bit": b"P5\n# a comment\n61 47\n65535\n" + (GREY.astype(">u2") * 257).tobytes(),
+}
+
+
+@pytest.mark.parametrize("name", GOOD)
+def test_sound_image_passes(name):
+    header = check_encoded(memoryview(GOOD[name]))
+    assert (header.width, header.height) == (61, 47)
+    assert header.format == name.split()[0].upper()
+    assert header.bits == (16 if "16 bit" in name else 8)
+
+
+def frames(format: str) -> bytes:
+    return encode(GREY, format, save_all=True, append_images=[Image.fromarray(255 - GREY)])
+
+
+def transparent(at: tuple[int, int]) -> bytes:
+    pixels = RGBA.copy()
+    pixels[at][3] = 254
+    return encode(pixels, "PNG")
+
+
+BAD = {
+    "empty": (b"", "empty"),
+    "zero bytes": (bytes(1000), "zero bytes"),
+    "text": (b"a radiograph, honestly", "not an image"),
+    "gif": (encode(GREY, "GIF"), "not an image"),
+    "dicom": (bytes(128) + b"DICM" + bytes(100), "DICOM"),
+    "png signature alone": (GOOD["png"][:8], "truncated"),
+    "png without end": (GOOD["png"][:-12], "truncated"),
+    "png cut": (GOOD["png"][:-40], "truncated"),
+    "png bit flipped": (GOOD["png"][:60] + bytes([GOOD["png"][60] ^ 1]) + GOOD["png"][61:], "CRC"),
+    "png without pixels": (GOOD["png"][:33] + png_chunk(b"IEND", b""), "no pixels"),
+    "png that inflates without end": (png(61, 47, zlib.compress(bytes(80_000_000))), "more compressed bytes"),
+    "png animated": (frames("PNG"), "animated"),
+    "png transparent at its first pixel": (transparent((0, 0)), "transparent"),
+    "png transparent at its last pixel": (transparent((46, 60)), "transparent"),
+    "png transparent colour": (encode(GREY, "PNG", transparency=7), "transparent"),
+    "png alpha rows missing": (png(61, 47, zlib.compress(bytes(20)), colour=6), "fewer rows"),
+    "png alpha not zlib": (png(61, 47, b"garbage", colour=6), "inflated"),
+    "png bomb": (png(60_000, 60_000, zlib.compress(bytes(1000))), "too large"),
+    "one pixel": (encode(GREY[:1, :1], "PNG"), "too small"),
+    "1 x 4000": (encode(np.zeros((4000, 1), np.uint8), "PNG"), "too small: 1 x 4000"),
+    "jpeg signature alone": (b"\xff\xd8", "truncated"),
+    "jpeg cut": (GOOD["jpeg"][:-20], "no end marker"),
+    "jpeg cut in header": (GOOD["jpeg"][:100], "truncated"),
+    "jpeg of many scans": (GOOD["jpeg"][:-2] + b"\xff\xda" * 200 + b"\xff\xd9", "scans"),
+    "bmp cut": (GOOD["bmp"][:-1], "truncated"),
+    "bmp signature alone": (b"BM", "truncated"),
+    "tiff cut": (GOOD["tiff 16 bit"][: len(GOOD["tiff 16 bit"]) // 2], "truncated"),
+    "tiff pages": (frames("TIFF"), "several pages"),
+    "tiff float": (encode(GREY.astype(np.float32), "TIFF"), "float"),
+    "tiff bilevel": (encode(GREY > 99, "TIFF"), "bits"),
+    "pgm cut": (GOOD["pgm"][:-1], "truncated"),
+    "pgm header alone": (b"P5\n61 47", "truncated"),
+    "pgm of 12 bits": (b"P5\n61 47\n4095\n" + bytes(61 * 47 * 2), "4095"),
+    "pgm negative": (b"P5\n-61 47\n255\n", "PGM header"),
+    "pgm bomb": (b"P5\n99999 99999\n255\n", "too large"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_image_is_rejected_in_one_line(name):
+    data, reason = BAD[name]
+    with pytest.raises(RejectedImage, match=reason) as caught:
+        check_encoded(data)
+    assert "\n" not in caught.value.reason
+    assert caught.value.reason == str(caught.value)
+
+
+def test_the_pixel_cap_is_exact():
+    height = MAX_PIXELS // 5000
+    assert check_encoded(png(5000, height, zlib.compress(b""))).height == height
+    with pytest.raises(RejectedImage, match="too large"):
+        check_encoded(png(5000, height + 1, zlib.compress(b"")))
+
+
+def test_a_bomb_is_rejected_without_inflating_it():
+    bomb = png(20_000, 20_000, zlib.compress(bytes(50_000_000)), colour=6)
+    tracemalloc.start()
+    with pytest.raises(RejectedImage, match="too large"):
+        check_encoded(bomb)
+    assert tracemalloc.get_traced_memory()[1] < 1_000_000
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize("level", range(0, 10, 3))
+def test_opacity_is_seen_through_every_png_filter(level):
+    """Encoders choose filters by content: noise, ramps and flats bring out different ones, over several blocks."""
+    noise = np.random.default_rng(level).integers(0, 256, (1031, 401, 4), np.uint8)
+    noise[300:600, :, :3] = (np.arange(401)[:, None] % 256).astype(np.uint8)
+    noise[600:800, :, :3] = 7
+    noise[..., 3] = 255
+    assert check_encoded(encode(noise, "PNG", compress_level=level)).channels == 4
+    noise[1030, 400, 3] = 0
+    with pytest.raises(RejectedImage, match="transparent"):
+        check_encoded(encode(noise, "PNG", compress_level=level))
+
+
+def test_unscaled_12_bit_data_is_rejected():
+    header = check_encoded(GOOD["png 16 bit"])
+    check_levels(header, np.array([0, 64], np.uint8))
+    check_levels(check_encoded(GOOD["png"]), np.array([0, 15], np.uint8))  # 8 bits may be dark
+    with pytest.raises(RejectedImage, match="unscaled 12-bit"):
+        check_levels(header, np.array([0, 15], np.uint8))
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.sampled_from(sorted(GOOD)), st.data())
+def test_damage_passes_or_is_rejected_but_never_raises_anything_else(name, data):
+    damaged = bytearray(GOOD[name][: data.draw(st.integers(0, len(GOOD[name])))])
+    for _ in range(data.draw(st.integers(0, 4))):
+        if damaged:
+            damaged[data.draw(st.integers(0, len(damaged) - 1))] = data.draw(st.integers(0, 255))
+    try:
+        check_encoded(bytes(damaged))
+    except RejectedImage as rejected:
+        assert "\n" not in rejected.reason  # noqa: PT017

@@ -1,0 +1,312 @@
+"""Looks at the bytes of an image before a decoder does, and rejects what would not end well. Needs numpy alone.
+
+One bad image fails a whole DALI batch, a decompression bomb takes the memory of everybody, and a decoder that
+tolerates a truncated file invents the missing part of a bone. So every image passes `check_encoded` first: in
+training, in the client, and in the server before requests are batched. It reads headers, end markers and checksums,
+never a compressed pixel (alpha excepted), so a 5 megapixel PNG takes a few milliseconds.
+
+Rejected, with one line that says why:
+
+- nothing there, not a PNG, JPEG, BMP, TIFF or PGM file, a DICOM file (the client makes PGM of those);
+- truncated or damaged: no JPEG end marker, a PNG chunk missing or failing its CRC, pixels missing in a PGM, BMP or
+  TIFF;
+- more than `MAX_PIXELS` (nothing is inflated to find out), or a side under `MIN_SIDE`: no bone is shown in so few
+  pixels;
+- more than one picture (animated PNG, multi-page TIFF): which of them is the radiograph is not ours to guess;
+- transparency in use: what lies under it depends on a background that the file does not define;
+- kinds that decoders read differently: 12-bit, lossless and arithmetic JPEG, float, 1-bit and big TIFF, compressed
+  BMP, PGM whose white is neither 255 nor 65535.
+
+Decoded, and defined: colour becomes ITU-R BT.601 luma, also from a palette or CMYK (JPEG, TIFF); an alpha channel
+that is opaque everywhere is dropped; 16 bits become 8 by `round(value / 257)`, white being 65535, as the formats
+define it. `check_levels` then rejects a picture whose 16 bits use the lowest quarter alone: that is 12- or 14-bit
+data stored unscaled, it would be shown nearly black, and an answer about it would look like any other.
+"""
+
+import struct
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+MAX_PIXELS = 50_000_000  # the largest stitched long-leg and mammography images have about 30 million
+MIN_SIDE = 32  # pixels
+MAX_JPEG_SCANS = 100  # a progressive JPEG has about 10; each scan of a hostile one costs a pass over the whole image
+
+
+class RejectedImage(ValueError):
+    """An image that is not decoded. `reason` is one line without the file's name, which only the caller knows."""
+
+    def __init__(self, reason: str):
+        super().__init__(reason)
+        self.reason = reason
+
+
+@dataclass(frozen=True)
+class ImageHeader:
+    """What the header declares; `width` and `height` in stored pixels, before any EXIF orientation."""
+
+    format: str
+    width: int
+    height: int
+    channels: int
+    bits: int  # per channel
+
+
+def check_encoded(data: bytes | memoryview) -> ImageHeader:
+    """The header of one encoded image that is fit to be decoded. Raises RejectedImage."""
+    data = bytes(data)
+    if not data:
+        raise RejectedImage("empty: 0 bytes")
+    for signature, name, read in _FORMATS:
+        if data.startswith(signature):
+            try:
+                return read(data)
+            except (struct.error, IndexError):
+                raise RejectedImage(f"truncated: the {name} file ends inside its header ({len(data)} bytes)") from None
+    if not any(data):
+        raise RejectedImage(f"not an image: {len(data)} zero bytes")
+    if data[128:132] == b"DICM":
+        raise RejectedImage("a DICOM file: convert it first (scaphoid-predict does), the server takes no DICOM")
+    raise RejectedImage("not an image: expected a PNG, JPEG, BMP, TIFF or binary PGM file")
+
+
+def check_levels(header: ImageHeader, image: np.ndarray) -> None:
+    """Rejects a decoded `image` (uint8, any shape) whose 16-bit samples were stored unscaled. Raises RejectedImage."""
+    if header.bits == 16 and (brightest := int(image.max())) < 64:
+        raise RejectedImage(
+            f"16-bit samples that reach only {brightest / 255:.1%} of white, as unscaled 12-bit data do: "
+            "window them to 8 bits, or send the DICOM file through scaphoid-predict"
+        )
+
+
+def check_size(width: int, height: int) -> None:
+    """Raises RejectedImage when a side is under MIN_SIDE or there are more than MAX_PIXELS. For DICOM headers too."""
+    if min(width, height) < MIN_SIDE:
+        raise RejectedImage(f"too small: {width} x {height} pixels, each side must have at least {MIN_SIDE}")
+    if width * height > MAX_PIXELS:
+        raise RejectedImage(f"too large: {width} x {height} pixels, at most {MAX_PIXELS:,} are decoded")
+
+
+def _png_chunks(data: bytes) -> Iterator[tuple[bytes, memoryview]]:
+    """Kind and body of every chunk up to IEND, each held against its CRC."""
+    view, position, kind = memoryview(data), 8, b""
+    while kind != b"IEND":
+        if position + 12 > len(data):
+            raise RejectedImage("truncated: the PNG file ends before its IEND chunk")
+        length, kind = struct.unpack_from(">I4s", data, position)
+        end = position + 8 + length
+        if end + 4 > len(data):
+            raise RejectedImage("truncated: the PNG file ends inside a chunk")
+        if zlib.crc32(view[position + 4 : end]) != struct.unpack_from(">I", data, end)[0]:
+            raise RejectedImage("damaged: a PNG chunk does not match its CRC")
+        yield kind, view[position + 8 : end]
+        position = end + 4
+
+
+def _png(data: bytes) -> ImageHeader:
+    chunks = _png_chunks(data)
+    kind, body = next(chunks)
+    if kind != b"IHDR" or len(body) != 13:
+        raise RejectedImage("damaged: the PNG file does not begin with its header")
+    width, height, bits, colour, _, _, interlaced = struct.unpack(">IIBBBBB", body)
+    if colour not in _PNG_CHANNELS or bits not in (1, 2, 4, 8, 16):
+        raise RejectedImage(f"damaged: PNG colour type {colour} with {bits} bits does not exist")
+    check_size(width, height)
+    header = ImageHeader("PNG", width, height, _PNG_CHANNELS[colour], bits)
+
+    pixels = []
+    for kind, body in chunks:
+        if kind == b"acTL":
+            raise RejectedImage("an animated PNG: save the one frame that is the radiograph")
+        if kind == b"tRNS" and not (colour == 3 and set(body) == {255}):
+            raise RejectedImage("a PNG with a transparent colour: save it without transparency")
+        if kind == b"IDAT":
+            pixels.append(body)
+    if not pixels:
+        raise RejectedImage("damaged: the PNG file has no pixels")
+    declared = height * (1 + (width * header.channels * bits + 7) // 8)
+    if sum(map(len, pixels)) > 1.125 * declared + 4096:  # decoders inflate all of it, also what is beyond the last row
+        raise RejectedImage("damaged: the PNG file holds more compressed bytes than its pixels need")
+    if colour in (4, 6) and (interlaced or not _png_is_opaque(header, b"".join(pixels))):
+        raise RejectedImage("a PNG with transparent (or interlaced) alpha: save it without an alpha channel")
+    return header
+
+
+_PNG_CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # colour type: grey, RGB, palette, grey + alpha, RGBA
+
+
+def _opaque_residuals() -> np.ndarray:
+    """[filter, first row, first column]: what a PNG filter leaves of an alpha byte of 255 whose neighbours are 255."""
+    table = np.zeros((5, 2, 2), np.uint8)
+    for first_row in (0, 1):
+        for first_column in (0, 1):
+            left, above = 255 * (1 - first_column), 255 * (1 - first_row)
+            paeth = max(left, above)  # the corner is 0 or both are 255
+            for kind, predicted in enumerate((0, left, above, (left + above) // 2, paeth)):
+                table[kind, first_row, first_column] = 255 - predicted
+    return table
+
+
+def _png_is_opaque(header: ImageHeader, compressed: bytes) -> bool:
+    """True if every alpha sample is 255 (65535). Filters need not be undone: as long as alpha was opaque so far, each
+    filter leaves one known byte. Inflates about a megabyte at a time, and no more than the header declares."""
+    sample = header.bits // 8
+    stride = 1 + header.width * header.channels * sample
+    rows_at_once = max(1, 2**20 // stride)
+    table, inflate, row = _opaque_residuals(), zlib.decompressobj(), 0
+    try:
+        while row < header.height:
+            rows = min(rows_at_once, header.height - row)
+            block = inflate.decompress(compressed, rows * stride)
+            if len(block) < rows * stride:
+                raise RejectedImage("truncated: the PNG file holds fewer rows than its header declares")
+            compressed = inflate.unconsumed_tail
+            lines = np.frombuffer(block, np.uint8).reshape(rows, stride)
+            filters, first = lines[:, 0], (np.arange(row, row + rows) == 0).astype(int)
+            if filters.max() > 4:
+                raise RejectedImage("damaged: the PNG file uses a filter that does not exist")
+            alpha = lines[:, 1:].reshape(rows, header.width, -1)[:, :, -sample:]
+            if (alpha[:, 0] != table[filters, first, 1][:, None]).any():
+                return False
+            if (alpha[:, 1:] != table[filters, first, 0][:, None, None]).any():
+                return False
+            row += rows
+    except zlib.error:
+        raise RejectedImage("damaged: the PNG file's compressed pixels cannot be inflated") from None
+    return True
+
+
+def _jpeg(data: bytes) -> ImageHeader:
+    header, position = None, 2
+    while True:
+        while data[position] != 0xFF:
+            position += 1
+        while data[position] == 0xFF:
+            position += 1
+        marker, position = data[position], position + 1
+        if marker in (0x00, 0x01, *range(0xD0, 0xD9)):  # stuffing and markers without a body
+            continue
+        if marker == 0xD9:
+            raise RejectedImage("damaged: the JPEG file ends before its pixels")
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+            if marker not in (0xC0, 0xC1, 0xC2):
+                raise RejectedImage("a lossless or arithmetic JPEG: save it as baseline JPEG or PNG")
+            bits, height, width, channels = struct.unpack_from(">BHHB", data, position + 2)
+            if bits != 8:
+                raise RejectedImage(f"a JPEG of {bits} bits: window it to 8 bits")
+            if channels not in (1, 3, 4):
+                raise RejectedImage(f"a JPEG of {channels} channels: expected 1, 3 or 4")
+            check_size(width, height)
+            header = ImageHeader("JPEG", width, height, channels, bits)
+        if marker == 0xDA:
+            break
+        position += struct.unpack_from(">H", data, position)[0]
+    if header is None:
+        raise RejectedImage("damaged: the JPEG file has pixels but no frame header")
+    if data.find(b"\xff\xd9", position) < 0:  # stuffing keeps these two bytes out of the compressed pixels
+        raise RejectedImage("truncated: the JPEG file has no end marker")
+    if data.count(b"\xff\xda", position) > MAX_JPEG_SCANS:
+        raise RejectedImage(f"a JPEG of more than {MAX_JPEG_SCANS} scans: save it as baseline JPEG")
+    return header
+
+
+def _bmp(data: bytes) -> ImageHeader:
+    offset, header_size = struct.unpack_from("<II", data, 10)
+    if header_size < 40:
+        raise RejectedImage("a BMP of the OS/2 kind: save it as PNG")
+    width, height, _, bits, compression = struct.unpack_from("<iiHHI", data, 18)
+    height = abs(height)  # negative: rows run from the top
+    if compression != 0 or bits not in (8, 24):
+        raise RejectedImage(f"a BMP of {bits} bits, compression {compression}: expected 8 or 24 bits, uncompressed")
+    check_size(width, height)
+    if offset + (width * bits // 8 + 3) // 4 * 4 * height > len(data):
+        raise RejectedImage("truncated: the BMP file holds fewer pixels than its header declares")
+    return ImageHeader("BMP", width, height, bits // 8, 8)
+
+
+def _tiff_directory(data: bytes) -> tuple[dict[int, tuple[int, ...]], int]:
+    """The unsigned integer tags of the first picture, and the offset of the second (0: there is none)."""
+    order = "<" if data[:2] == b"II" else ">"
+    (start,) = struct.unpack_from(order + "I", data, 4)
+    (entries,) = struct.unpack_from(order + "H", data, start)
+    tags = {}
+    for entry in range(start + 2, start + 2 + 12 * entries, 12):
+        tag, kind, count = struct.unpack_from(order + "HHI", data, entry)
+        if kind not in _TIFF_TYPES or count * _TIFF_TYPES[kind][1] > len(data):
+            continue
+        code, size = _TIFF_TYPES[kind]
+        place = entry + 8 if count * size <= 4 else struct.unpack_from(order + "I", data, entry + 8)[0]
+        tags[tag] = struct.unpack_from(f"{order}{count}{code}", data, place)
+    return tags, struct.unpack_from(order + "I", data, start + 2 + 12 * entries)[0]
+
+
+_TIFF_TYPES = {1: ("B", 1), 3: ("H", 2), 4: ("I", 4)}
+
+
+def _tiff(data: bytes) -> ImageHeader:
+    tags, next_picture = _tiff_directory(data)
+    if next_picture:
+        raise RejectedImage("a TIFF of several pages: save the one page that is the radiograph")
+    if not {256, 257, 262} <= tags.keys():
+        raise RejectedImage("damaged: the TIFF file lacks its width, height or colour space")
+    width, height, channels = tags[256][0], tags[257][0], tags.get(277, (1,))[0]
+    bits, photometric = set(tags.get(258, (1,))), tags[262][0]
+    check_size(width, height)
+    if bits not in ({8}, {16}) or set(tags.get(339, (1,))) != {1}:
+        raise RejectedImage(f"a TIFF of {bits} bits, or of signed or float samples: expected unsigned 8 or 16 bits")
+    if photometric not in _TIFF_CHANNELS or channels != _TIFF_CHANNELS[photometric]:
+        raise RejectedImage(f"a TIFF of {channels} channels, colour space {photometric}: save it as PNG without alpha")
+    offsets = tags.get(273) or tags.get(324) or ()
+    counts = tags.get(279) or tags.get(325) or ()
+    if not offsets or len(offsets) != len(counts):
+        raise RejectedImage("damaged: the TIFF file does not say where its pixels are")
+    if any(offset + count > len(data) for offset, count in zip(offsets, counts, strict=True)):
+        raise RejectedImage("truncated: the TIFF file ends inside its pixels")
+    return ImageHeader("TIFF", width, height, channels, bits.pop())
+
+
+# white is zero, black is zero, RGB, palette, CMYK, and YCbCr within JPEG
+_TIFF_CHANNELS = {0: 1, 1: 1, 2: 3, 3: 1, 5: 4, 6: 3}
+
+
+def _big_tiff(data: bytes) -> ImageHeader:
+    raise RejectedImage("a big TIFF (64-bit offsets): save it as PNG")
+
+
+def _pgm(data: bytes) -> ImageHeader:
+    numbers, position = [], 2
+    while len(numbers) < 3:
+        while data[position : position + 1].isspace():
+            position += 1
+        if data[position] == ord("#"):
+            position = data.index(b"\n", position) if b"\n" in data[position:] else len(data)
+            continue
+        end = position
+        while data[end : end + 1].isdigit():
+            end += 1
+        if end == position or end - position > 9:
+            raise RejectedImage("damaged: a PGM header must be P5, width, height and white level")
+        numbers.append(int(data[position:end]))
+        position = end
+    width, height, white = numbers
+    check_size(width, height)
+    if white not in (255, 65535):
+        raise RejectedImage(f"a PGM whose white is {white}: expected 255 or 65535")
+    sample = 1 if white == 255 else 2
+    if position + 1 + width * height * sample > len(data):
+        raise RejectedImage("truncated: the PGM file holds fewer pixels than its header declares")
+    return ImageHeader("PGM", width, height, 1, 8 * sample)
+
+
+_FORMATS: tuple[tuple[bytes, str, Callable[[bytes], ImageHeader]], ...] = (
+    (b"\x89PNG\r\n\x1a\n", "PNG", _png),
+    (b"\xff\xd8", "JPEG", _jpeg),
+    (b"BM", "BMP", _bmp),
+    (b"II*\0", "TIFF", _tiff),
+    (b"MM\0*", "TIFF", _tiff),
+    (b"II+\0", "TIFF", _big_tiff),
+    (b"MM\0+", "TIFF", _big_tiff),
+    (b"P5", "PGM", _pgm),
+)
