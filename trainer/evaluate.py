@@ -1,0 +1,351 @@
+"""`scaphoid-evaluate`: what the predictions of a data set are worth. Joins the JSON lines that `scaphoid-predict`
+wrote with the data set's index and reports classification per image and per study, for every score and body part, and
+localisation beside its oracle, a random and a centre box.
+
+    scaphoid-evaluate predictions.jsonl --index held_out/index.csv --twins twins.jsonl --out report
+"""
+
+import json
+import sys
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tyro
+from numpy.typing import NDArray
+from rich.console import Console
+
+from scaphoid.trainer import figures
+from scaphoid.trainer.data.index import Index, Radiograph, read_index
+from scaphoid.trainer.flows import FLOWS
+from scaphoid.trainer.localization import (
+    SIZES,
+    centre_boxes,
+    key_area_oracle,
+    lesion_size,
+    localization_metrics,
+    msfm_oracle,
+    random_boxes,
+)
+from scaphoid.trainer.metrics import Estimate, classification_metrics, mean_estimate, median_estimate, study_level
+from scaphoid.trainer.tables import PARTS_MEAN, TOGETHER, as_json, reasons, tables
+
+PREDICTION_SCHEMA = "scaphoid.prediction/1"
+SCHEMA = "scaphoid.evaluation/1"
+
+Record = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A radiograph of the index and what was predicted for it."""
+
+    radiograph: Radiograph
+    record: Record
+
+    @property
+    def shows_lesion(self) -> bool:
+        """Whether it counts for localisation: abnormal, with a lesion known to be visible."""
+        return bool(self.radiograph.label and self.radiograph.boxes)
+
+    @property
+    def box(self) -> Sequence[float]:
+        return self._coordinates("box")
+
+    @property
+    def main_box(self) -> Sequence[float]:
+        return self._coordinates("main_box")
+
+    def _coordinates(self, name: str) -> Sequence[float]:
+        return self.record.get(name) or (np.nan,) * 4
+
+
+def read_predictions(path: Path) -> list[Record]:
+    """The records of one JSON-lines file, the last of each image, each stage's probability under the flow's name for
+    it. A copy of another image takes over what was predicted for that. A half-written last line (an interrupted run)
+    is left out. Raises ValueError, naming file and line, on anything else that is not a prediction."""
+    lines = path.read_text(encoding="utf-8").split("\n")
+    if not _is_json(lines[-1]):
+        lines.pop()
+    found: dict[str, dict[str, Any]] = {}
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            record = _parse(line, f"{path}, line {number}")
+            stages = {f"{stage}_probability": value for stage, value in (record.get("stages") or {}).items()}
+            found[record["image"]] = record | stages
+    if not found:
+        raise ValueError(f"{path}: holds no prediction; run scaphoid-predict first")
+    originals = (found.get(record.get("duplicate_of") or "", record) for record in found.values())
+    return [original | {"image": image} for image, original in zip(found, originals, strict=True)]
+
+
+def _is_json(line: str) -> bool:
+    try:
+        json.loads(line)
+    except json.JSONDecodeError:
+        return False
+    return True
+
+
+def _parse(line: str, where: str) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where}: not JSON ({error.msg}); write it anew with scaphoid-predict") from None
+    schema = record.get("schema") if isinstance(record, dict) else record
+    if schema != PREDICTION_SCHEMA:
+        raise ValueError(f"{where}: expected schema {PREDICTION_SCHEMA!r}, got {schema!r}")
+    if missing := {"image", "status", "flow"} - set(record):
+        raise ValueError(f"{where}: a prediction needs {', '.join(sorted(missing))}")
+    return record
+
+
+def join(records: Iterable[Record], index: Index) -> tuple[list[Case], list[str]]:
+    """Records to radiographs, by the longest ending of the path that the index knows: so a copy of the data set, or its
+    twins in another folder, join too. Also returns the images that the index does not know, or knows of another size.
+    Raises ValueError when two files join one radiograph."""
+    known = {radiograph.image: radiograph for radiograph in index.radiographs}
+    cases: dict[str, Case] = {}
+    unknown = []
+    for record in records:
+        parts = Path(record["image"]).resolve().parts
+        endings = ("/".join(parts[start:]) for start in range(len(parts)))
+        image = next((ending for ending in endings if ending in known), None)
+        if image is None or not _same_size(known[image], record):
+            unknown.append(record["image"])
+        elif image in cases:
+            both = f"{cases[image].record['image']} and {record['image']}"
+            raise ValueError(f"{both} are both {image} of the index: evaluate one data set's predictions at a time")
+        else:
+            cases[image] = Case(known[image], record)
+    return list(cases.values()), unknown
+
+
+def _same_size(radiograph: Radiograph, record: Record) -> bool:
+    width, height = record.get("width"), record.get("height")
+    return not (width and height) or (width, height) == (radiograph.width, radiograph.height)
+
+
+def evaluate(
+    index: Index,
+    records: Sequence[Record],
+    threshold: float | None = None,
+    map_size: tuple[int, int] | None = None,
+    twins: Sequence[Record] | None = None,
+    beside: Mapping[str, Sequence[Record]] | None = None,
+) -> dict[str, Any]:
+    """The whole report, as nested dicts with an `Estimate` at every leaf that is a metric.
+
+    `threshold` defaults to the one that the predictions were judged by, `map_size` is (rows, columns) of the
+    activation map of the run (default: 14 x 14 for MSFM, 7 x 7 for KALM, as in the papers). `twins` are predictions
+    of the same radiographs with the lesion removed; `beside` those of other methods, by name. Raises ValueError when
+    no record is in the index or the records come from several flows.
+    """
+    cases, unknown = join(records, index)
+    if not cases:
+        raise ValueError(f"none of the {len(records)} predicted images is in the index below {index.root}")
+    flow, predicted = _flow(cases), _predicted(cases)
+    threshold = cases[0].record.get("threshold", 0.5) if threshold is None else threshold
+    scores = [name for name in FLOWS[flow].outputs if "probability" in name]
+    return {
+        "schema": SCHEMA,
+        "flow": flow,
+        "threshold": threshold,
+        "counts": {
+            **Counter(case.record["status"] for case in cases),
+            "not in the index": len(unknown),
+            "not predicted": len(index) - len(cases),
+        },
+        "classification": {
+            score: classification(predicted, score, threshold)
+            for score in scores
+            if predicted and all(case.record.get(score) is not None for case in predicted)
+        },
+        "beside": {
+            name: classification(_predicted(join(other, index)[0]), "probability", threshold, by_part=False)
+            for name, other in (beside or {}).items()
+        },
+        "localization": localization(cases, flow, map_size, {k: join(v, index)[0] for k, v in (beside or {}).items()}),
+        "twins": None if twins is None else twin_drop(predicted, _predicted(join(twins, index)[0])),
+    }
+
+
+def classification(cases: Sequence[Case], score: str, threshold: float, by_part: bool = True) -> dict[str, Any]:
+    """{"image" | "study": {body part | "together" | "mean of parts": counts and metrics}} of one score."""
+    parts = sorted({case.radiograph.body_part for case in cases}) if by_part else []
+    report: dict[str, Any] = {"image": {}, "study": {}}
+    for group in (*parts, TOGETHER):
+        own = [case for case in cases if group in (TOGETHER, case.radiograph.body_part)]
+        labels = [case.radiograph.label for case in own]
+        probabilities = [case.record[score] for case in own]
+        patients = [case.radiograph.patient for case in own]
+        studies = study_level(labels, probabilities, _study_ids(own), patients)
+        for level, arrays in (("image", (labels, probabilities, patients)), ("study", studies)):
+            report[level][group] = {
+                level: len(arrays[0]),
+                "abnormal": int(np.sum(arrays[0])),
+                "metrics": classification_metrics(*arrays, threshold=threshold),
+            }
+    for groups in report.values() if len(parts) > 1 else ():
+        means = {
+            name: Estimate(
+                float(np.mean([groups[part]["metrics"][name].value for part in parts])),
+                reason="mean over body parts: no interval",
+            )
+            for name in groups[TOGETHER]["metrics"]
+        }
+        groups[PARTS_MEAN] = {"metrics": means}
+    return report
+
+
+def localization(
+    cases: Sequence[Case], flow: str, map_size: tuple[int, int] | None, beside: Mapping[str, Sequence[Case]]
+) -> dict[str, Any]:
+    """{"together" | lesion size: {"image": n, "methods": {method: metrics}}} over the abnormal radiographs with a
+    visible lesion, those that could not be predicted counting as misses."""
+    cases = [case for case in cases if case.shows_lesion]
+    if not cases:
+        return {}
+    lesions = [case.radiograph.boxes for case in cases]
+    sizes = np.array([(case.radiograph.height, case.radiograph.width) for case in cases], np.float64)
+    boxes = np.array([case.box for case in cases], np.float64)
+    methods = {flow: boxes, **_oracles(cases, flow, map_size, boxes, sizes)}
+    for name, other in beside.items():
+        box_of = {case.radiograph.image: case.box for case in other}
+        if not np.isnan(found := np.array([box_of.get(case.radiograph.image, (np.nan,) * 4) for case in cases])).all():
+            methods[name] = found
+    methods["random box"], methods["centre box"] = random_boxes(boxes, sizes), centre_boxes(boxes, sizes)
+    size_of = np.array([lesion_size(own, size) for own, size in zip(lesions, sizes, strict=True)])
+    peaks = np.array([case.record.get("peak") or (np.nan,) * 2 for case in cases], np.float64)
+    report: dict[str, Any] = {}
+    for group in (TOGETHER, *SIZES):
+        chosen = np.flatnonzero((size_of == group) | (group == TOGETHER))
+        own, patients = [lesions[i] for i in chosen], [cases[i].radiograph.patient for i in chosen]
+        report[group] = {"image": len(chosen), "methods": {}}
+        for method, found in methods.items() if len(chosen) else ():
+            points = peaks[chosen] if method == flow and not np.isnan(peaks).all() else None
+            report[group]["methods"][method] = localization_metrics(found[chosen], own, points, patients)
+    return report
+
+
+def twin_drop(cases: Sequence[Case], twins: Sequence[Case]) -> dict[str, Any]:
+    """How far the probability falls when the lesion is removed, over the radiographs that show one."""
+    without = {twin.radiograph.image: twin.record["probability"] for twin in twins}
+    pairs = [case for case in cases if case.shows_lesion and case.radiograph.image in without]
+    drops = np.array([case.record["probability"] - without[case.radiograph.image] for case in pairs])
+    patients = [case.radiograph.patient for case in pairs]
+    return {
+        "image": len(pairs),
+        "median_drop": median_estimate(drops, patients),
+        "mean_drop": mean_estimate(drops, patients),
+        "share_that_drops": mean_estimate(drops > 0, patients),
+    }
+
+
+def _oracles(
+    cases: Sequence[Case], flow: str, map_size: tuple[int, int] | None, boxes: NDArray, sizes: NDArray
+) -> dict[str, NDArray]:
+    lesions = [case.radiograph.boxes for case in cases]
+    if flow == "kalm":
+        extents = boxes[:, 2:] - boxes[:, :2]
+        return {"oracle": key_area_oracle(lesions, sizes, map_size or (7, 7), extents)}
+    from scaphoid.trainer.stages.part_crops import KEPT, window_groups  # imports torch
+
+    map_size = map_size or (14, 14)
+    groups = window_groups(*map_size)
+    main_boxes = np.array([case.main_box for case in cases], np.float64)
+    return {
+        "oracle": msfm_oracle(lesions, sizes, map_size, groups, KEPT),
+        "oracle in its object box": msfm_oracle(lesions, sizes, map_size, groups, KEPT, object_boxes=main_boxes),
+    }
+
+
+def _flow(cases: Sequence[Case]) -> str:
+    flows = sorted({str(case.record.get("flow")) for case in cases})
+    if len(flows) > 1 or flows[0] not in FLOWS:
+        raise ValueError(f"expected predictions of one flow ({', '.join(FLOWS)}), got {', '.join(flows)}")
+    return flows[0]
+
+
+def _predicted(cases: Iterable[Case]) -> list[Case]:
+    return [case for case in cases if case.record["status"] == "ok"]
+
+
+def _study_ids(cases: Sequence[Case]) -> list[str]:
+    return [f"{one.body_part}/{one.patient}/{one.study}" for one in (case.radiograph for case in cases)]
+
+
+def draw(cases: Sequence[Case], report: Mapping[str, Any], folder: Path) -> None:
+    """ROC, calibration and PCL by lesion size as PNG files in `folder`."""
+    labels = [case.radiograph.label for case in cases]
+    scores = {name: (labels, [case.record[name] for case in cases]) for name in report["classification"]}
+    figures.roc(scores, folder / "roc.png")
+    figures.calibration(scores, folder / "calibration.png")
+    if report["localization"]:
+        figures.pcl_by_size(report["localization"], folder / "pcl_by_size.png")
+
+
+@dataclass(frozen=True)
+class Options:
+    """Evaluate predictions: classification per image and study, and localisation beside its oracle.
+
+    Args:
+        predictions: JSON lines that scaphoid-predict wrote.
+        index: index.csv of the data set, or its folder.
+        out: folder for evaluation.json, roc.png, calibration.png and pcl_by_size.png.
+        json: print the report as JSON instead of tables.
+        threshold: probability from which an image or study is called abnormal (default: the predictions' own).
+        map_size: rows and columns of the run's activation map, for the oracle (default: 14 14 for MSFM, 7 7 for KALM).
+        twins: predictions of the same radiographs with the lesion removed.
+        beside: predictions of other methods (a parameter-randomised model, a baseline), named by their file.
+    """
+
+    predictions: tyro.conf.Positional[Path]
+    index: Path
+    out: Path | None = None
+    json: bool = False
+    threshold: float | None = None
+    map_size: tuple[int, int] | None = None
+    twins: Path | None = None
+    beside: tuple[Path, ...] = ()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit status 0, or 2 with one line on stderr when the files cannot be used."""
+    options = tyro.cli(Options, prog="scaphoid-evaluate", args=arguments)
+    try:
+        index, records = read_index(options.index), read_predictions(options.predictions)
+        report = evaluate(
+            index,
+            records,
+            options.threshold,
+            options.map_size,
+            read_predictions(options.twins) if options.twins else None,
+            {path.stem: read_predictions(path) for path in options.beside},
+        )
+        if options.out:
+            options.out.mkdir(parents=True, exist_ok=True)
+            (options.out / "evaluation.json").write_text(as_json(report) + "\n", encoding="utf-8")
+            draw(_predicted(join(records, index)[0]), report, options.out)
+    except (OSError, ValueError) as error:
+        print(f"scaphoid-evaluate: {error}", file=sys.stderr)
+        return 2
+    if options.json:
+        print(as_json(report))
+        return 0
+    console = Console()
+    console.print(f"{report['flow']}, threshold {report['threshold']}:", report["counts"])
+    for table in tables(report):
+        console.print(table)
+    for reason in reasons(report):
+        console.print(f"- {reason}")
+    if options.out:
+        console.print(f"Written to {options.out}: evaluation.json and figures")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
