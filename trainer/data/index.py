@@ -31,7 +31,7 @@ class Radiograph:
     label: int
     """1 abnormal, 0 normal: the study's, as in MURA."""
     boxes: tuple[Box, ...] | None
-    """None: unknown. (): known to show no lesion, for instance a view of an abnormal study in which it is not visible."""
+    """None: unknown. (): known to show no lesion, as in a view of an abnormal study in which it is not visible."""
     width: int
     height: int
     split: str
@@ -82,17 +82,23 @@ def read_index(path: Path | str) -> Index:
     if path.is_dir():
         path = path / FILE_NAME
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such index; expected a folder with {FILE_NAME}, or a CSV file with columns {', '.join(COLUMNS)}")
+        raise FileNotFoundError(f"{path}: no such index; expected a CSV file with columns {', '.join(COLUMNS)}")
     with open(path, newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file)
         missing = [c for c in COLUMNS if c not in (reader.fieldnames or [])]
         if missing:
-            raise InvalidIndexError(f"{path}, line 1: expected the columns {', '.join(COLUMNS)}; missing: {', '.join(missing)}")
+            raise InvalidIndexError(
+                f"{path}, line 1: expected columns {', '.join(COLUMNS)}; missing: {', '.join(missing)}"
+            )
         radiographs, seen = [], {}
         for row in reader:
             radiograph = _parse(row, path, reader.line_num)
             if radiograph.image in seen:
-                raise InvalidIndexError(f"{path}, line {reader.line_num}, column image: {radiograph.image!r} is already in line {seen[radiograph.image]}")
+                first = seen[radiograph.image]
+                raise InvalidIndexError(
+                    f"{path}, line {reader.line_num}, column image: expected each image once, "
+                    f"got {radiograph.image!r} again (first in line {first})"
+                )
             seen[radiograph.image] = reader.line_num
             radiographs.append(radiograph)
     if not radiographs:
@@ -122,8 +128,11 @@ def _parse(row: dict[str, str | None], path: Path, line: int) -> Radiograph:
     try:
         boxes = _parse_boxes(str(row["boxes"]), sides["width"], sides["height"])
     except (ValueError, TypeError):
-        raise wrong("boxes", f"nothing, or a JSON list of [x0, y0, x1, y1] with 0 <= x0 < x1 <= {sides['width']}, "
-                             f"0 <= y0 < y1 <= {sides['height']}") from None
+        raise wrong(
+            "boxes",
+            f"nothing, or a JSON list of [x0, y0, x1, y1] with 0 <= x0 < x1 <= {sides['width']}, "
+            f"0 <= y0 < y1 <= {sides['height']}",
+        ) from None
     if row["label"] == "0" and boxes:
         raise wrong("boxes", "no boxes, since label is 0 (normal)")
     text = {name: str(row[name]) for name in ("patient", "study", "view", "body_part", "split")}
@@ -145,8 +154,8 @@ def _parse_boxes(cell: str, width: int, height: int) -> tuple[Box, ...] | None:
 def split_by_patient(index: Index, fraction: float, seed: int) -> tuple[Index, Index]:
     """Two patient-disjoint indexes; the second holds close to `fraction` of the radiographs. Order is kept within each.
 
-    Patients are taken in a seeded order, positives and negatives apart (a patient with an abnormal study counts as positive), so
-    that both parts have about the same share of abnormal patients.
+    Patients are taken in a seeded order, positives and negatives apart (a patient with an abnormal study counts as
+    positive), so that both parts have about the same share of abnormal patients.
     """
     if not 0 < fraction < 1:
         raise ValueError(f"fraction: expected a number between 0 and 1 (exclusive), got {fraction}")
@@ -167,8 +176,11 @@ def split_by_patient(index: Index, fraction: float, seed: int) -> tuple[Index, I
                 break
             held.add(patient)
             taken += sizes[patient]
+    smallest = min(sizes, key=lambda p: (sizes[p], p))
     if not held:
-        held.add(min(sizes, key=lambda p: (sizes[p], p)))
+        held.add(smallest)
+    elif len(held) == len(sizes):
+        held.remove(smallest)
     first = tuple(r for r in index.radiographs if r.patient not in held)
     second = tuple(r for r in index.radiographs if r.patient in held)
     return replace(index, radiographs=first), replace(index, radiographs=second)

@@ -28,15 +28,21 @@ from scaphoid.trainer.data.phantom.generate import (
 class Phantoms:
     """Draws phantoms: grey PNGs in the MURA folder layout, MURA's CSV files, and index.csv with the lesions' boxes.
 
-    Seven body parts, studies of one to four views, about half of them abnormal (fracture, displacement, lytic or sclerotic
-    lesion, metal). The same seed gives the same images, however many are drawn.
+    Seven body parts, studies of one to four views, about half of them abnormal (fracture, displacement, lytic or
+    sclerotic lesion, metal). The same seed gives the same images, however many are drawn.
 
     Two sets are frozen, so that models can be compared:
+
       python -m scaphoid.trainer.data.phantom --out data/phantoms --frozen training
+
       python -m scaphoid.trainer.data.phantom --out data/phantoms-test --frozen test
+
     Your own, with letters that give the label away (what artefact suppression is for):
-      python -m scaphoid.trainer.data.phantom --out data/letters --images 800 --seed 5 --marker-correlation 0.9
+
+      python -m scaphoid.trainer.data.phantom --out data/letters --images 800 --marker-correlation 0.9
+
     A look first:
+
       python -m scaphoid.trainer.data.phantom --out data/look --seed 5 --sheet
     """
 
@@ -69,9 +75,8 @@ def main(arguments: list[str] | None = None) -> int:
         console.print(f"[red]error:[/] {error}", highlight=False)
         return 2
     abnormal = sum(r.label for r in index.radiographs)
-    console.print(
-        f"{len(index)} images ({abnormal} of abnormal studies), generator {GENERATOR_VERSION}: {wanted.out / 'index.csv'}"
-    )
+    console.print(f"{len(index)} images, {abnormal} of them of abnormal studies (generator {GENERATOR_VERSION})")
+    console.print(f"wrote {wanted.out / 'index.csv'}")
     return 0
 
 

@@ -1,8 +1,9 @@
 """One upper limb per patient, seven cameras.
 
-A patient's skeleton is built once, in centimetres, in three dimensions: the elbow is the origin, the humerus rises along -y,
-the forearm and the hand fall along +y, +x is lateral and +z anterior. A body part is a camera (centre and field of view); a view
-is a rotation about the limb's axis, so the frontal, oblique and lateral radiographs of a study show the same bones.
+A patient's skeleton is built once, in centimetres, in three dimensions: the elbow is the origin, the humerus rises
+along -y, the forearm and the hand fall along +y, +x is lateral and +z anterior. A body part is a camera (centre and
+field of view); a view is a rotation about the limb's axis, so the frontal, oblique and lateral radiographs of a
+study show the same bones.
 """
 
 from __future__ import annotations
@@ -176,7 +177,8 @@ def sample_patient(rng: np.random.Generator) -> Patient:
     )
 
 
-# body part: camera centre (y along the limb; fingers follow their ray), field of view, and per view (rotation, flexion) in degrees.
+# body part: camera centre (y along the limb; fingers follow their ray), field of view, and per view (rotation, flexion)
+# in degrees.
 _CAMERAS: dict[str, tuple[tuple[float, float], float, dict[str, tuple[float, float]]]] = {
     "elbow": ((0.3, 0.0), 17, {"frontal": (0, 8), "lateral": (85, 85), "oblique": (40, 10)}),
     "finger": ((0.0, 38.0), 10.5, {"frontal": (0, 0), "lateral": (80, 0), "oblique": (40, 0)}),

@@ -30,7 +30,8 @@ def sample_artefacts(
     metal_fraction: float,
     metal_correlation: float,
 ) -> Artefacts:
-    """Correlation 0: as often with abnormal as with normal studies. Correlation 1: with abnormal studies always, with normal ones never."""
+    """Correlation 0: as often with abnormal as with normal studies. Correlation 1: with abnormal studies always, with
+    normal ones never."""
 
     def probability(base: float, correlation: float) -> float:
         return base + correlation * (1 - base) if abnormal else base * (1 - correlation)
@@ -60,7 +61,7 @@ def _letters(out: np.ndarray, soft: np.ndarray, mirrored: bool, rng: np.random.G
     text = ("L" if mirrored else "R") + rng.choice(
         ("", "", "", " " + "".join(rng.choice(list("ABCDEFGHJKLMNPSTW"), 2)))
     )
-    font, heavy = int(rng.choice(_FONTS)), max(int(round(scale / 7)), 1)
+    font, heavy = int(rng.choice(_FONTS)), max(round(scale / 7), 1)
     factor = cv2.getFontScaleFromHeight(font, int(scale), heavy)
     (w, h), _ = cv2.getTextSize(text, font, factor, heavy)
     w, h = w + 2 * heavy + 2, h + 2 * heavy + 2

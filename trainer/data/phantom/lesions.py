@@ -1,7 +1,8 @@
 """Abnormalities: fracture line, displacement, lytic and sclerotic lesion, metal implant.
 
-A lesion belongs to a study: it sits at one place of one bone and every view projects it. It is drawn from a random stream of its
-own, for normal studies too, so that switching it on or off moves nothing else. Each kind returns the change of attenuation.
+A lesion belongs to a study: it sits at one place of one bone and every view projects it. It is drawn from a random
+stream of its own, for normal studies too, so that switching it on or off moves nothing else. Each kind returns the
+change of attenuation.
 """
 
 from __future__ import annotations
@@ -64,7 +65,8 @@ def choose(place: tuple[float, float, float], axes: dict[str, Axis]) -> tuple[st
 def lesion_change(
     lesion: Lesion, bone: Projected, part: float, across: float, patient: Patient, size: int
 ) -> tuple[tuple[slice, slice], np.ndarray] | None:
-    """(window, change of attenuation in it) of the lesion drawn into `bone` at a place from `choose`; None where it leaves the image."""
+    """(window, change of attenuation in it) of the lesion drawn into `bone` at a place from `choose`; None where it
+    leaves the image."""
     frame = frame_of(bone, size, reach_of(bone) + 1.1 * lesion.extent * size)
     if frame is None:
         return None
@@ -86,7 +88,7 @@ def _at(values: np.ndarray, bone: Projected, station: float) -> float:
 
 
 def _break_lines(bone, frame: Frame, station: float, length: float, rng) -> np.ndarray:
-    """Signed distance along the axis from a jagged line that runs `length` pixels along the bone while it crosses it."""
+    """Signed distance along the axis from a jagged line that runs `length` pixels along the bone as it crosses it."""
     half = max(_at(bone.half, bone, station), 2.0)
     slope = np.clip(length / (2.2 * half), 0.12, 2.6) * rng.choice((-1, 1))
     jag = np.interp(np.linspace(-1.6, 1.6, 128), np.linspace(-1.6, 1.6, 17), rng.standard_normal(17) * 0.16 * half)
@@ -138,7 +140,7 @@ def _blob(frame: Frame, bone, station, offset, along, across, rng) -> np.ndarray
     angle = np.arctan2(v, u)
     lobes = sum(
         a * np.cos(k * angle + f)
-        for k, a, f in zip((2, 3, 5, 7), rng.normal(0, (0.08, 0.07, 0.05, 0.03)), rng.uniform(0, 6.3, 4))
+        for k, a, f in zip((2, 3, 5, 7), rng.normal(0, (0.08, 0.07, 0.05, 0.03)), rng.uniform(0, 6.3, 4), strict=True)
     )
     return np.hypot(u, v) * (1 + lobes)
 

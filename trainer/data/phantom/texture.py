@@ -19,7 +19,8 @@ _TILE = 512
 
 @dataclass(frozen=True)
 class Frame:
-    """A window of the image in a tube's own coordinates: `along` from the start and `across` to the lateral side, in pixels."""
+    """A window of the image in a tube's own coordinates: `along` from the start and `across` to the lateral side, in
+    pixels."""
 
     window: tuple[slice, slice]
     along: np.ndarray
@@ -69,7 +70,8 @@ def soft_attenuation(tube: Projected, frame: Frame) -> np.ndarray:
 def bone_attenuation(
     bone: Projected, frame: Frame, patient: Patient, slide: np.ndarray | None = None, plates: bool = True
 ) -> np.ndarray:
-    """Cortical wall around trabecular marrow: the difference of two chords. `slide` displaces the bone sideways, per pixel."""
+    """Cortical wall around trabecular marrow: the difference of two chords. `slide` displaces the bone sideways, per
+    pixel."""
     index, inside = _index(bone, frame)
     v = frame.across - bone.shift[index].astype(np.float32)
     if slide is not None:
@@ -168,7 +170,7 @@ def _filled(points: np.ndarray, size: int) -> np.ndarray:
 
 def _stroke(points: np.ndarray, size: int, width: float) -> np.ndarray:
     mask = np.zeros((size, size), np.uint8)
-    cv2.polylines(mask, [np.round(points * 16).astype(np.int32)], False, 255, max(int(round(width)), 1), cv2.LINE_AA, 4)
+    cv2.polylines(mask, [np.round(points * 16).astype(np.int32)], False, 255, max(round(width), 1), cv2.LINE_AA, 4)
     return mask.astype(np.float32) / 255
 
 
