@@ -26,7 +26,7 @@ from scaphoid.trainer.train import train
 CURVE = (None, 500, 1000, 2000)  # training images; None: all but the validation patients'
 FROZEN = ("conv_stem", "bn1", "blocks.0", "blocks.1", "blocks.2")
 
-PLAIN = Schedule((5,), 32, "adam", 5e-4, drop_after=0.6, frozen=FROZEN)
+PLAIN = Schedule((4,), 32, "adam", 5e-4, drop_after=0.75, frozen=FROZEN)
 MORE = Schedule((2,), 32, "adam", 2e-4, drop_after=0.5, frozen=FROZEN)
 SYSTEMS = {
     "more": (PlainConfig(PACKAGED, scale=0.5), MORE),
