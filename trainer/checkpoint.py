@@ -56,15 +56,21 @@ def read_metadata(path: Path) -> dict:
 def load_model(path: Path) -> Model:
     """The model of a weights file, in eval mode and float32. Raises ValueError naming what does not fit."""
     metadata = read_metadata(path)
-    model_class, config_class = SYSTEMS[metadata["system"]]
-    config = config_class(**metadata["config"])
+    try:
+        model_class, config_class = SYSTEMS[metadata["system"]]
+        config = config_class(**metadata["config"])
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path} is of a system or an option that this version does not know: {error}") from error
     model = model_class(config, pretrained=config.backbone == PACKAGED)
     with safe_open(path, "pt") as file:
         state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - safe_open is not a mapping
     for name in [name for name, tensor in state.items() if tensor.dtype == torch.int8]:
         scale = state.pop(name + SCALE)
         state[name] = state[name] * scale.view(-1, *[1] * (state[name].ndim - 1))
-    missing, unexpected = model.load_state_dict(state, strict=False)
+    try:
+        missing, unexpected = model.load_state_dict(state, strict=False)
+    except RuntimeError as error:
+        raise ValueError(f"{path} does not fit {metadata['system']}: {error}") from error
     missing = [name for name in missing if not _comes_with_a_package(name, config.backbone)]
     if missing or unexpected:
         raise ValueError(

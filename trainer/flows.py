@@ -31,30 +31,29 @@ class Flow:
     outputs: tuple[str, ...]
     steps: tuple[Step, ...]
 
-    def steps_for(self, wanted: Iterable[str]) -> tuple[Step, ...]:
-        """The steps needed for the `wanted` outputs, in order. Raises ValueError on an unknown output."""
-        needed = set(wanted)
+    def steps_for(self, wanted: Iterable[str], given: Iterable[str] = ()) -> tuple[Step, ...]:
+        """The steps needed for the `wanted` outputs, in order, when the tensors `given` are at hand. Raises ValueError
+        on an unknown output."""
+        needed, given = set(wanted), set(given)
         if unknown := needed - set(self.outputs):
             raise ValueError(f"flow {self.name} has no output {sorted(unknown)}; it has {list(self.outputs)}")
         chosen = []
         for step in reversed(self.steps):
-            if needed & set(step.outputs.values()):
+            if (needed - given) & set(step.outputs.values()):
                 chosen.append(step)
                 needed |= set(step.inputs.values())
         return tuple(reversed(chosen))
 
     def run(self, stages: Mapping[str, Callable], tensors: Mapping[str, Any], wanted: Iterable[str]) -> dict[str, Any]:
         """Run the steps that `wanted` needs over `stages` (stage name -> function of its contract's inputs, in order,
-        giving its outputs in order, or the only one bare). `tensors` holds the flow's inputs, or any tensor from which
-        a step can start: a step whose outputs are all given is not run. Returns all tensors, computed and given."""
+        giving its outputs in order, or the only one bare). `tensors` holds the flow's inputs, or any tensors from
+        which the rest follows: steps that only lead up to them are not run. Returns all tensors, computed and given."""
         known = dict(tensors)
-        for step in self.steps_for(wanted):
-            if all(name in known for name in step.outputs.values()):
-                continue
+        for step in self.steps_for(wanted, tensors):
             outputs = stages[step.stage.name](*(known[step.inputs[tensor.name]] for tensor in step.stage.inputs))
             outputs = outputs if isinstance(outputs, tuple) else (outputs,)
             names = (step.outputs[tensor.name] for tensor in step.stage.outputs)
-            known.update(zip(names, outputs, strict=True))
+            known = {**known, **dict(zip(names, outputs, strict=True)), **tensors}
         return known
 
     @property

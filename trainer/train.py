@@ -54,10 +54,10 @@ def main() -> None:
 def train(config: TrainConfig) -> Path:
     """Run every phase; returns the path of the best checkpoint. Raises ValueError when the configuration cannot run."""
     torch.manual_seed(config.seed)
-    open_run(config)
     model = create_model(config)
     if len(config.schedule.epochs) != len(model.phases):
         raise ValueError(f"schedule.epochs: {model.system} has the phases {model.phases}, got {config.schedule.epochs}")
+    open_run(config)
     model.to(config.device, memory_format=torch.channels_last)
     training, validation = load_splits(config)
     done = resume(config, model)
@@ -67,18 +67,21 @@ def train(config: TrainConfig) -> Path:
             done = {"phase": number + 1, "epoch": 0, "best": -1.0}
             # The next phase, and the run's result, build on the phase's best epoch.
             model.load_state_dict(load_model(best_path(config, phase)).state_dict())
-            torch.save({"done": done, "model": model.state_dict(), "optimizer": None}, config.out / "last.pt")
+            save_progress(config, done, model, None)
     best = config.out / "best.safetensors"
     save_model(best, model, images=len(training.labels), index=config.index.name)
     return best
 
 
 def open_run(config: TrainConfig) -> None:
-    """Create the run's folder, or check that it was created by the same configuration."""
+    """Create the run's folder, or check that what was trained in it had the same configuration."""
     config.out.mkdir(parents=True, exist_ok=True)
     path = config.out / "config.json"
-    if path.exists() and path.read_text() != config.to_json():
-        raise ValueError(f"{path} is of another configuration; choose another --out or delete that run")
+    if (config.out / "last.pt").exists():
+        before, now = json.loads(path.read_text()), json.loads(config.to_json())
+        if changed := [name for name in now if before.get(name) != now[name]]:
+            differ = f"is of a run with another {', '.join(changed)}"
+            raise ValueError(f"{path} {differ}; give the same settings, choose another --out or delete that run")
     path.write_text(config.to_json())
 
 
@@ -101,6 +104,8 @@ def load_splits(config: TrainConfig) -> tuple[Split, Split]:
     """Training and validation radiographs, patient-disjoint, decoded by the pipeline that serves them later."""
     index = read_index(config.index).where(split="train")
     training, validation = split_by_patient(index, config.validation, config.seed)
+    if config.images is not None and config.images > len(training):
+        raise ValueError(f"images: expected at most {len(training)}, all but the validation's, got {config.images}")
     if config.images is not None and config.images < len(training):
         _, training = split_by_patient(training, config.images / len(training), config.seed)
     weights = body_part_weights(training)
@@ -121,6 +126,13 @@ def resume(config: TrainConfig, model: Model) -> dict:
     state = torch.load(path, map_location=config.device, weights_only=True)
     model.load_state_dict(state["model"])
     return {**state["done"], "optimizer": state["optimizer"]}
+
+
+def save_progress(config: TrainConfig, done: dict, model: Model, optimizer: torch.optim.Optimizer | None) -> None:
+    """Write what `resume` reads, in one move: an interruption leaves the state before or the state after."""
+    state = {"done": done, "model": model.state_dict(), "optimizer": optimizer.state_dict() if optimizer else None}
+    torch.save(state, config.out / "last.partial")
+    (config.out / "last.partial").replace(config.out / "last.pt")
 
 
 def run_phase(config: TrainConfig, model: Model, number: int, training: Split, validation: Split, done: dict) -> None:
@@ -144,6 +156,7 @@ def run_phase(config: TrainConfig, model: Model, number: int, training: Split, v
         if scores["accuracy"] > best:
             best = scores["accuracy"]
             save_model(best_path(config, phase), model)
+        save_progress(config, {"phase": number, "epoch": epoch + 1, "best": best}, model, optimizer)
         with open(config.out / "history.jsonl", "a") as file:
             file.write(json.dumps(record) + "\n")
         console.print(
@@ -152,10 +165,6 @@ def run_phase(config: TrainConfig, model: Model, number: int, training: Split, v
                 for name, value in record.items()
             )
         )
-        progress = {"phase": number, "epoch": epoch + 1, "best": best}
-        state = {"done": progress, "model": model.state_dict(), "optimizer": optimizer.state_dict()}
-        torch.save(state, config.out / "last.partial")
-        (config.out / "last.partial").replace(config.out / "last.pt")
 
 
 def run_epoch(
@@ -171,10 +180,15 @@ def run_epoch(
         for chosen in batches:
             image = torch.from_numpy(training.images[chosen.numpy()])
             if config.schedule.augment:
-                image = jitter(augment(model, flip(image, generator).to(config.device)), generator)
+                image = flip(image, generator)
+            image = suppress(model, image.to(config.device))
+            if config.schedule.augment:
+                image = jitter(image, generator)
             labels, weights = training.labels[chosen].to(config.device), training.weights[chosen].to(config.device)
-            terms = model.training_logits(phase, image.to(config.device))
+            terms = model.training_logits(phase, image)
             loss = torch.stack([stage_loss(logits, labels, weights, config.schedule.loss) for logits in terms]).sum()
+            if not torch.isfinite(loss):
+                raise ValueError(f"{phase} epoch {epoch + 1}: the loss is {loss.item()}; lower schedule.learning_rate")
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -183,8 +197,9 @@ def run_epoch(
     return total / len(order)
 
 
-def augment(model: Model, image: Tensor) -> Tensor:
-    """Feature-map augmentation, for the one model that has it; it stands between flip and jitter."""
+def suppress(model: Model, image: Tensor) -> Tensor:
+    """Feature-map augmentation, for the one model that has it; it stands between flip and jitter. A part of the model
+    rather than of the augmentation: inference does it too."""
     return model.augment(image) if model.system == "msfm" else image
 
 
@@ -228,7 +243,11 @@ def set_training(model: Model, phase: str, frozen: tuple[str, ...]) -> None:
     for module in model.trained(phase):
         module.train().requires_grad_(True)
         for name in frozen if hasattr(module, "backbone") else ():
-            module.backbone.get_submodule(name).eval().requires_grad_(False)
+            try:
+                module.backbone.get_submodule(name).eval().requires_grad_(False)
+            except AttributeError as error:
+                parts = ", ".join(child for child, _ in module.backbone.named_children())
+                raise ValueError(f"schedule.frozen: the backbone has no module {name!r}; it has {parts}") from error
 
 
 def create_optimizer(model: Model, schedule: Schedule) -> torch.optim.Optimizer:

@@ -13,17 +13,14 @@ PACKAGED = "tf_efficientnet_lite0"  # its ImageNet weights come with the package
 def create_encoder(backbone: str, pretrained: bool, scale: float = 1.0) -> Encoder:
     """An encoder on the timm model `backbone`; `pretrained` starts it from ImageNet (packaged weights, or timm's).
 
-    Raises ValueError for a name timm does not know or a backbone without `forward_features`.
+    Raises ValueError for a name timm does not know.
     """
     try:
         model = create_model(backbone, pretrained=pretrained and backbone != PACKAGED, num_classes=0)
     except RuntimeError as error:
         raise ValueError(f"backbone {backbone!r} is not a timm model; list them with timm.list_models()") from error
-    for head in (
-        "pre_logits",
-        "head_drop",
-        "global_pool",
-    ):  # VGG's fully connected stack, and pooling that Encoder does itself
+    # VGG's fully connected stack, and pooling that Encoder does itself.
+    for head in ("pre_logits", "head_drop", "global_pool"):
         if hasattr(model, head):
             setattr(model, head, nn.Identity())
     if pretrained and backbone == PACKAGED:
@@ -46,9 +43,15 @@ def packaged_weights(expected: dict[str, torch.Tensor]) -> dict[str, torch.Tenso
 
 
 def map_size(encoder: Encoder, image_size: int) -> tuple[int, int]:
-    """Height and width of the encoder's maps for a square image of `image_size` pixels."""
+    """Height and width of the encoder's maps for a square image of `image_size` pixels. Raises ValueError for a
+    backbone whose features are no such maps (a transformer's tokens)."""
     encoder_was_training = encoder.training
     with torch.no_grad():
         shape = encoder.eval().features(torch.zeros(1, 1, image_size, image_size, dtype=torch.uint8)).shape
     encoder.train(encoder_was_training)
+    channels = encoder.backbone.num_features
+    if len(shape) != 4 or shape[1] != channels:
+        raise ValueError(
+            f"backbone: expected feature maps [B, {channels}, h, w], got {list(shape)}; choose a convolutional one"
+        )
     return shape[2], shape[3]

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from scaphoid.trainer.flows import FLOWS
-from scaphoid.trainer.models.backbone import create_encoder, map_size
+from scaphoid.trainer.models.backbone import PACKAGED, create_encoder, map_size
 from scaphoid.trainer.stages.encoder import ActivationEncoder, PartsEncoder
 from scaphoid.trainer.stages.object_crop import ObjectCrop
 from scaphoid.trainer.stages.part_crops import PartCrops
@@ -43,7 +43,9 @@ class Msfm(nn.Module):
         super().__init__()
         self.config = config
         self.encoder = create_encoder(config.backbone, pretrained, config.scale)
-        self.fma_encoder = create_encoder(config.backbone, pretrained, config.scale).requires_grad_(False)
+        # Frozen, so ImageNet's whatever the encoder starts from, wherever that needs no download.
+        imagenet = pretrained or config.backbone == PACKAGED
+        self.fma_encoder = create_encoder(config.backbone, imagenet, config.scale).requires_grad_(False)
         self.suppress = Suppress(config.theta, config.r)
         self.object_crop = ObjectCrop()
         self.part_crops = PartCrops(map_size(self.encoder, config.image_size), config.part_size)
@@ -65,7 +67,7 @@ class Msfm(nn.Module):
         return [logits, object_logits, *parts_logits.unbind(1)]
 
     def augment(self, image: Tensor) -> Tensor:
-        """Feature-map augmentation of a training batch, between flip and jitter, when the run uses it."""
+        """Feature-map augmentation, when the run uses it: in training between flip and jitter, and at inference."""
         if not self.config.fma:
             return image
         with torch.no_grad():

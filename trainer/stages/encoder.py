@@ -38,8 +38,10 @@ class Encoder(nn.Module):
         features = self.features(image)
         logits = self.classifier(features.mean((2, 3)))
         features = features.float()  # the maps feed `>=` and argmax: they are reduced in fp32 whatever the precision
-        class_features = torch.einsum("kc,bchw->bkhw", self.classifier.weight.float(), features)
-        return logits.float(), features.sum(1), class_features.square().sum(1).sqrt()
+        # W . F without a matrix product, which autocast would bring back to bf16.
+        rows = self.classifier.weight.float().unbind()
+        class_features = torch.stack([(features * row.view(1, -1, 1, 1)).sum(1) for row in rows])
+        return logits.float(), features.sum(1), class_features.square().sum(0).sqrt()
 
 
 class ActivationEncoder(nn.Module):
