@@ -27,11 +27,11 @@ CURVE = (None, 500, 1000, 2000)  # training images; None: all but the validation
 FROZEN = ("conv_stem", "bn1", "blocks.0", "blocks.1", "blocks.2")
 
 PLAIN = Schedule((4,), 32, "adam", 5e-4, drop_after=0.75, frozen=FROZEN)
-MORE = Schedule((2,), 32, "adam", 2e-4, drop_after=0.5, frozen=FROZEN)
+MORE = Schedule((1,), 32, "adam", 2e-4, frozen=FROZEN)
 SYSTEMS = {
     "more": (PlainConfig(PACKAGED, scale=0.5), MORE),
     "msfm": (MsfmConfig(PACKAGED, scale=0.5), replace(MORE, epochs=(0, 1), batch=16, loss="alpha-wfl")),
-    "kalm": (KalmConfig(PACKAGED, global_scale=0.5), replace(MORE, epochs=(0, 2))),
+    "kalm": (KalmConfig(PACKAGED, global_scale=0.5), replace(MORE, epochs=(0, 1))),
 }
 
 

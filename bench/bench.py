@@ -1,0 +1,95 @@
+"""`scaphoid-bench`: how fast a flow is here, in process and behind the real Triton server.
+
+scaphoid-bench flow --backbone resnet50 --flow msfm       untrained ResNet-50: eager, engines, Triton, in one run
+scaphoid-bench flow --weights msfm.safetensors            a trained model
+scaphoid-bench server 127.0.0.1:8001 radiographs/*.png    load on a server that already runs
+scaphoid-bench peaks                                      what this machine reaches at best
+"""
+
+import asyncio
+import signal
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from scaphoid.bench.comparison import RATE_COLUMNS, Comparison, compare, rate_cells, tell
+from scaphoid.bench.peaks import machine, peaks
+from scaphoid.bench.report import Report, Table
+from scaphoid.bench.server_load import LoadError, server_load
+from scaphoid.export.artefacts import ManifestError
+from scaphoid.export.export import ExportError
+from scaphoid.triton_repo.client import ServerUnavailable, wanted_outputs
+from scaphoid.triton_repo.server import ServerError
+
+
+@dataclass(frozen=True)
+class ServerBench:
+    """Put load on a flow of a server that already runs, and report images/s and latency."""
+
+    url: tyro.conf.Positional[str]
+    """host:port of the server's gRPC endpoint."""
+    images: tyro.conf.Positional[list[Path]]
+    """Radiographs to send, over and over: PNG, JPEG, BMP, TIFF or PGM files."""
+    flow: str = "msfm"
+    """msfm, msfm_fma or kalm."""
+    clients: int = 8
+    """Connections, each with one request in flight."""
+    requests: int = 1000
+    """Stop after so many answers ..."""
+    seconds: float = 30.0
+    """... or after so long."""
+    parts: bool = True
+    """Classify MSFM's windows as well."""
+
+
+@dataclass(frozen=True)
+class PeaksBench:
+    """Measure the machine's limits: matrix products and memory copies."""
+
+
+def bench_server(arguments: ServerBench) -> Report:
+    """Load on a running server. Raises ValueError, ServerUnavailable, LoadError and OSError."""
+    wanted = wanted_outputs(arguments.flow, arguments.parts)
+    here = machine()
+    images = [path.read_bytes() for path in arguments.images]
+    bounds = (arguments.clients, arguments.requests, arguments.seconds)
+    load = asyncio.run(server_load(arguments.url, arguments.flow, wanted, images, *bounds))
+    columns = ("clients (count)", "counted (images)", *RATE_COLUMNS, "failed (requests)")
+    row = (arguments.clients, load.rate.images, *rate_cells(load.rate), len(load.failures))
+    table = Table("Throughput and latency", columns, (row,))
+    subject = {"flow": arguments.flow, "server": arguments.url, "input": f"{len(images)} files"}
+    facts = ("the machine below is the clients', not the server's", *(f"failed: {line}" for line in load.failures[:1]))
+    return Report(f"Load on {arguments.flow}", subject, facts, here, peaks(), (table,))
+
+
+def bench_peaks(_: PeaksBench) -> Report:
+    return Report("Peaks of this machine", {}, (), machine(), peaks(), ())
+
+
+COMMANDS = {Comparison: compare, ServerBench: bench_server, PeaksBench: bench_peaks}
+
+
+def main() -> None:
+    arguments = tyro.cli(
+        Annotated[Comparison, tyro.conf.subcommand("flow")]
+        | Annotated[ServerBench, tyro.conf.subcommand("server")]
+        | Annotated[PeaksBench, tyro.conf.subcommand("peaks")],
+        description=__doc__,
+    )
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the server is stopped and cleaned up after either
+    try:
+        report = COMMANDS[type(arguments)](arguments)
+        print(report.markdown())
+        if isinstance(arguments, Comparison):
+            tell("report in " + " and ".join(map(str, report.write(arguments.out, arguments.name))))
+    except (ExportError, ManifestError, ServerError, ServerUnavailable, LoadError, OSError, ValueError) as error:
+        sys.exit(f"scaphoid-bench: {error}")
+    except KeyboardInterrupt:
+        sys.exit("scaphoid-bench: interrupted; no report was written")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,145 @@
+"""What this machine is and what it can do at best: every benchmark is read against it.
+
+A rate means little without the machine's limit beside it. The arithmetic limit is a square matrix product, by torch and
+by the engine itself in each precision that the CPU has instructions for; the memory limit a copy far larger than the
+caches.
+"""
+
+import os
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+SIDE = 2048  # of the matrices: 17 GFLOP a product, 16 MiB an operand
+COPY_MIB = 256
+REPEATS = 5
+VECTOR_FLAGS = (
+    "avx2",
+    "fma",
+    "f16c",
+    "avx_vnni",
+    "avx512f",
+    "avx512_vnni",
+    "avx512_bf16",
+    "avx512_fp16",
+    "amx_bf16",
+    "amx_int8",
+    "asimd",
+    "sve",
+    "bf16",
+    "i8mm",
+)
+
+
+@dataclass(frozen=True)
+class Machine:
+    """`instructions` are those that matter to a CNN; `engine_precisions` what OpenVINO computes in natively here."""
+
+    cpu: str
+    cores: int
+    memory_gib: float
+    instructions: tuple[str, ...]
+    engine_precisions: tuple[str, ...]
+    load_1min: float
+    """Average number of runnable tasks in the minute before: what else was running."""
+
+    @property
+    def busy(self) -> bool:
+        """Whether so much else was running that timings say more about it than about what is measured."""
+        return self.load_1min > self.cores / 2
+
+    @property
+    def precision_note(self) -> str:
+        """What an engine exported for bf16 would run in, in words."""
+        if "BF16" in self.engine_precisions:
+            return "bf16 is native on this CPU"
+        return (
+            "bf16 is not native on this CPU (no AVX-512 BF16, no AMX): an engine exported for bf16 runs in f32 here, "
+            "so f32 is what counts"
+        )
+
+
+@dataclass(frozen=True)
+class Peaks:
+    """`gflops` by runtime and precision, 2 operations a multiply-add; `copy_gb_per_s` counts bytes read and written."""
+
+    gflops: dict[str, float]
+    copy_gb_per_s: float
+
+    @property
+    def f32_gflops(self) -> float:
+        """The best fp32 matrix product, whichever runtime reached it."""
+        return max(value for name, value in self.gflops.items() if name.endswith(" f32"))
+
+
+def machine() -> Machine:
+    import openvino as ov
+
+    description = _cpuinfo()
+    flags = (description.get("flags") or description.get("Features") or "").split()
+    name = description.get("model name") or platform.processor() or platform.machine()
+    if "cpu family" in description:
+        name += f" (family {description['cpu family']}, model {description['model']})"
+    capabilities = ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    return Machine(
+        name,
+        len(os.sched_getaffinity(0)),
+        os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30,
+        tuple(flag for flag in VECTOR_FLAGS if flag in flags),
+        tuple(name for name in capabilities if name in ("FP32", "BF16", "FP16", "INT8")),
+        os.getloadavg()[0],
+    )
+
+
+def _cpuinfo() -> dict[str, str]:
+    """The first processor's entry."""
+    try:
+        entry = Path("/proc/cpuinfo").read_text().split("\n\n")[0]
+    except OSError:
+        return {}
+    pairs = (line.partition(":") for line in entry.splitlines())
+    return {key.strip(): value.strip() for key, _, value in pairs}
+
+
+def peaks(side: int = SIDE, copy_mib: int = COPY_MIB) -> Peaks:
+    """Measure for a few seconds. `side` x `side` matrices; a copy of `copy_mib` MiB."""
+    import torch
+
+    from scaphoid.export.precision import PRECISIONS, effective_precision
+
+    work = 2e-9 * side**3
+    a, b = torch.rand(side, side), torch.rand(side, side)
+    gflops = {"torch f32": work / _best_s(lambda: a @ b)}
+    for precision in PRECISIONS:
+        if effective_precision(precision) == precision:
+            gflops[f"OpenVINO {precision}"] = work / _best_s(_openvino_product(a.numpy(), b.numpy(), precision))
+    source = torch.ones(copy_mib * 2**18)
+    target = torch.empty_like(source)
+    copied = 2 * source.nbytes / _best_s(lambda: target.copy_(source))
+    return Peaks(gflops, copied / 1e9)
+
+
+def _openvino_product(a: np.ndarray, b: np.ndarray, precision: str) -> Callable[[], object]:
+    import openvino as ov
+    from openvino import opset13
+
+    left = opset13.parameter(a.shape, np.float32)
+    model = ov.Model([opset13.matmul(left, opset13.constant(b), False, False)], [left])
+    options = {"INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY"}
+    request = ov.Core().compile_model(model, "CPU", options).create_infer_request()
+    return lambda: request.infer([a], share_inputs=True, share_outputs=True)
+
+
+def _best_s(run: Callable[[], object]) -> float:
+    """The fastest of a few calls after a warm-up, in seconds: a limit is what the machine reaches undisturbed."""
+    run()
+    times = []
+    for _ in range(REPEATS):
+        began = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - began)
+    return min(times)

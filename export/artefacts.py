@@ -1,0 +1,85 @@
+"""The manifest that travels with artefacts and with a model repository: what they are, and the sha256 of every file.
+
+Imports nothing heavy: the server verifies a repository without torch.
+"""
+
+import hashlib
+import json
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+MANIFEST = "manifest.json"
+FORMAT = 1
+OPS_LIBRARY = "libscaphoid_ops.so"
+PACKAGES = ("scaphoid", "torch", "timm", "openvino", "nvidia-dali-cuda130", "numpy")
+
+
+class ManifestError(Exception):
+    """A folder does not hold what its manifest says. One line: which file, and what to do."""
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """Versions of the packages whose code or format is inside the artefacts."""
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def _files(folder: Path) -> list[str]:
+    """Every file below `folder` but the manifest, as relative POSIX paths, sorted."""
+    return sorted(
+        path.relative_to(folder).as_posix()
+        for path in folder.rglob("*")
+        if path.is_file() and path != folder / MANIFEST
+    )
+
+
+def write_manifest(folder: Path, content: dict) -> None:
+    """Write `content` with the sha256 of every file in `folder`; the manifest comes last, so a cut-off run has none."""
+    files = {name: sha256(folder / name) for name in _files(folder)}
+    partial = folder / (MANIFEST + ".partial")
+    partial.write_text(json.dumps({"format": FORMAT, **content, "files": files}, indent=2) + "\n")
+    partial.replace(folder / MANIFEST)
+
+
+def read_manifest(folder: Path) -> dict:
+    """The manifest, its files unchecked. Raises ManifestError."""
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise ManifestError(f"{folder} has no {MANIFEST}: it is not a finished folder of scaphoid-export or assemble")
+    try:
+        manifest = json.loads(path.read_text())
+    except ValueError as error:
+        raise ManifestError(f"{path} is not JSON ({error}): write it again with scaphoid-export or assemble") from None
+    if manifest.get("format") != FORMAT:
+        raise ManifestError(f"{path} has format {manifest.get('format')}, this version reads {FORMAT}: export again")
+    return manifest
+
+
+def verify(folder: Path) -> dict:
+    """The manifest of `folder`, after every file was held against it. Raises ManifestError, naming the first file that
+    is missing, changed or unknown to the manifest."""
+    manifest = read_manifest(folder)
+    files = manifest["files"]
+    present = set(_files(folder))
+    if missing := sorted(set(files) - present):
+        raise ManifestError(
+            f"{folder / missing[0]} is missing, though the manifest lists it: assemble the folder again"
+        )
+    if unknown := sorted(present - set(files)):
+        raise ManifestError(f"{folder / unknown[0]} is not in the manifest: remove it, or assemble the folder again")
+    for name, digest in files.items():
+        if sha256(folder / name) != digest:
+            raise ManifestError(
+                f"{folder / name} changed since its manifest was written (sha256 differs): assemble again"
+            )
+    return manifest

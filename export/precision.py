@@ -1,0 +1,15 @@
+"""The precisions an engine can be exported for, and which of them a CPU has. Imports no torch."""
+
+from typing import Literal, get_args
+
+Precision = Literal["f32", "bf16", "f16"]
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
+CAPABILITIES = {"f32": "FP32", "bf16": "BF16", "f16": "FP16"}  # OpenVINO's names
+
+
+def effective_precision(wanted: Precision) -> Precision:
+    """What this CPU computes in when `wanted` is asked for: without the instructions OpenVINO falls back to f32,
+    silently."""
+    import openvino as ov
+
+    return wanted if CAPABILITIES[wanted] in ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES") else "f32"

@@ -1,0 +1,126 @@
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("scaphoid.kernels.library")
+
+from torch import nn  # noqa: E402
+
+from scaphoid.export.artefacts import OPS_LIBRARY, ManifestError, verify  # noqa: E402
+from scaphoid.export.export import Door, ExportError, check_door, export, flows_of  # noqa: E402
+from scaphoid.export.parity import BARS, answers, compare, eager_answers  # noqa: E402
+from scaphoid.export.precision import PRECISIONS, effective_precision  # noqa: E402
+from scaphoid.export.runner import OpenVinoStage, Runner  # noqa: E402
+from scaphoid.export.torch_to_openvino import torch_to_openvino  # noqa: E402
+from scaphoid.export.torch_to_torchscript import torch_to_torchscript  # noqa: E402
+from scaphoid.trainer.checkpoint import save_model  # noqa: E402
+from scaphoid.trainer.contracts import STAGES  # noqa: E402
+from scaphoid.trainer.flows import FLOWS  # noqa: E402
+from scaphoid.trainer.models.kalm import Kalm, KalmConfig  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+class Maps(nn.Module):
+    """As small as an encoder can be."""
+
+    def forward(self, image):
+        pooled = nn.functional.avg_pool2d(image.float(), 16).squeeze(1)
+        return pooled.mean((1, 2)).unsqueeze(1).repeat(1, 2), pooled, 2 * pooled
+
+
+def test_engine_takes_any_batch_and_names_its_tensors(tmp_path):
+    image = torch.randint(0, 256, (2, 1, 112, 96), dtype=torch.uint8)
+    torch_to_openvino(Maps(), (image,), STAGES["encoder"], tmp_path / "model.xml")
+    engine = OpenVinoStage(tmp_path / "model.xml", STAGES["encoder"], "f32", threads=1)
+    assert engine.precision == "f32"
+    for batch in (1, 2, 5):
+        images = image[:1].repeat(batch, 1, 1, 1)
+        for found, expected in zip(engine(images), Maps()(images), strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-3)
+
+
+def test_engine_with_the_wrong_door_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="the contract says UINT8"):
+        torch_to_openvino(Maps(), (torch.rand(2, 1, 32, 32),), STAGES["encoder"], tmp_path / "model.xml")
+
+
+def test_glue_whose_arguments_are_not_the_contracts_is_refused(tmp_path):
+    class Renamed(nn.Module):
+        def forward(self, logits: torch.Tensor) -> torch.Tensor:
+            return logits
+
+    with pytest.raises(ValueError, match="main_logits"):
+        torch_to_torchscript(Renamed(), STAGES["main_result"], tmp_path / "model.pt")
+
+
+def test_flows_that_can_be_served():
+    assert flows_of(["global_encoder", "key_area_crop", "local_encoder", "key_area_result"]) == [FLOWS["kalm"]]
+    assert flows_of(["encoder"]) == []
+
+
+@pytest.mark.parametrize(
+    ("logits", "probability"),
+    [
+        (torch.zeros(2, 2, dtype=torch.float64), torch.zeros(2, 1)),
+        (torch.zeros(2, 2), torch.zeros(2, 3)),
+        (torch.zeros(2, 2), torch.zeros(2)),
+    ],
+)
+def test_a_door_that_breaks_the_contract_is_named(logits, probability):
+    with pytest.raises(ExportError, match="stage main_result"):
+        check_door(STAGES["main_result"], Door((logits,), (probability,)))
+
+
+def test_f32_is_everywhere_and_others_fall_back_to_it():
+    assert effective_precision("f32") == "f32"
+    assert all(effective_precision(precision) in (precision, "f32") for precision in PRECISIONS)
+
+
+def png(seed: int) -> bytes:
+    small = Image.fromarray(np.random.default_rng(seed).integers(0, 256, (9, 8), dtype=np.uint8))
+    file = io.BytesIO()
+    small.resize((203 + seed, 151), Image.Resampling.BICUBIC).save(file, "png")
+    return file.getvalue()
+
+
+@pytest.mark.slow
+def test_kalm_from_weights_to_answers(tmp_path):
+    torch.manual_seed(3)
+    weights, artefacts, flow = tmp_path / "kalm.safetensors", tmp_path / "artefacts", FLOWS["kalm"]
+    save_model(weights, Kalm(KalmConfig("test_resnet", image_size=160, key_size=96)))
+    export([weights], artefacts)
+    manifest = verify(artefacts)
+    assert manifest["flows"] == ["kalm"]
+    assert {f"global_encoder/model.{end}" for end in ("xml", "bin")} < set(manifest["files"])
+    assert {"preprocess/model.dali", "key_area_crop/model.pt", OPS_LIBRARY} < set(manifest["files"])
+    assert manifest["stages"]["key_area_crop"]["outputs"][1]["dims"] == [1, 96, 96]
+
+    images = []
+    for seed in range(5):
+        images.append(tmp_path / f"{seed}.png")
+        images[-1].write_bytes(png(seed))
+    runner = Runner(artefacts, "kalm", threads=1)
+    engine = answers(flow, runner.stages)
+    parity = compare(flow, images, eager_answers(weights, flow), engine, engine, "f32")
+    assert parity.map_error < 1e-4
+    assert all(each.within(BARS["f32"]) or each.margin < 1e-4 for each in parity.differences), parity.exceptions
+    assert set(runner([png(1), png(2)], ["probability"])) == {"probability"}
+    with pytest.raises(ManifestError, match="no flow msfm"):
+        Runner(artefacts, "msfm")
+
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(ExportError, match="holds no artefacts"):
+        export([weights], tmp_path)
+    with pytest.raises(ExportError, match="another weights file"):
+        export([weights, weights], artefacts)
+    assert verify(artefacts) == manifest

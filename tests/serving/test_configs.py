@@ -1,0 +1,93 @@
+import shutil
+
+import pytest
+from google.protobuf import text_format
+from tritonclient.grpc.model_config_pb2 import ModelInstanceGroup
+
+from scaphoid.trainer.contracts import STAGES
+from scaphoid.trainer.flows import FLOWS
+from scaphoid.triton_repo.assemble import CONFIGS
+from scaphoid.triton_repo.configs import CONFIG, ConfigError, check, read
+
+NAMES = sorted({*STAGES, *FLOWS})
+
+
+def test_there_is_one_config_for_every_stage_and_flow():
+    assert sorted(path.parent.name for path in CONFIGS.glob(f"*/{CONFIG}")) == NAMES
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_config_agrees_with_contracts_and_flows(name):
+    check(CONFIGS / name / CONFIG)
+
+
+@pytest.mark.parametrize("name", sorted(STAGES))
+def test_only_the_first_step_limits_its_queue(name):
+    policy = read(CONFIGS / name / CONFIG).dynamic_batching.default_queue_policy
+    limited = policy.max_queue_size > 0 and policy.default_timeout_microseconds > 0
+    assert limited == (STAGES[name].kind == "preprocess")
+
+
+@pytest.mark.parametrize("name", sorted(STAGES))
+def test_no_instance_kind_is_named(name):  # KIND_GPU refuses to load without a GPU
+    for group in read(CONFIGS / name / CONFIG).instance_group:
+        assert group.kind == ModelInstanceGroup.KIND_AUTO
+
+
+@pytest.mark.parametrize("flow", sorted(FLOWS))
+def test_requests_of_different_lengths_may_batch(flow):
+    assert all(tensor.allow_ragged_batch for tensor in read(CONFIGS / flow / CONFIG).input)
+    assert all(tensor.allow_ragged_batch for tensor in read(CONFIGS / "preprocess" / CONFIG).input)
+
+
+@pytest.mark.parametrize("flow", sorted(FLOWS))
+def test_a_request_is_one_image(flow):
+    assert read(CONFIGS / flow / CONFIG).max_batch_size == 1
+
+
+def test_main_and_object_step_share_one_model():
+    steps = read(CONFIGS / "msfm" / CONFIG).ensemble_scheduling.step
+    assert [step.model_name for step in steps].count("encoder") == 2
+
+
+def swap_outputs(config):
+    first, second = config.output[1], config.output[2]
+    first.name, second.name = second.name, first.name
+
+
+def swap_wires(config):
+    step = config.ensemble_scheduling.step[1]  # the main encoder: its two maps look alike
+    activation, class_activation = step.output_map["activation"], step.output_map["class_activation"]
+    step.output_map["activation"], step.output_map["class_activation"] = class_activation, activation
+
+
+def unpin(config):
+    config.ensemble_scheduling.step[0].model_version = -1
+
+
+def retype(config):
+    config.input[0].data_type = 11  # TYPE_FP32
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "told"),
+    [
+        ("encoder", swap_outputs, "output names, in order"),
+        ("object_crop", retype, "data_type of input image"),
+        ("msfm", swap_wires, "output_map of step main"),
+        ("kalm", unpin, "pins no version"),
+    ],
+)
+def test_a_config_that_disagrees_is_caught(tmp_path, name, damage, told):
+    shutil.copytree(CONFIGS / name, tmp_path / name)
+    config = read(tmp_path / name / CONFIG)
+    damage(config)
+    (tmp_path / name / CONFIG).write_text(text_format.MessageToString(config))
+    with pytest.raises(ConfigError, match=told):
+        check(tmp_path / name / CONFIG)
+
+
+def test_a_file_that_is_not_protobuf_text_is_named(tmp_path):
+    (tmp_path / CONFIG).write_text("name = encoder")
+    with pytest.raises(ConfigError, match=CONFIG):
+        read(tmp_path / CONFIG)

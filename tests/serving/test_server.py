@@ -1,0 +1,344 @@
+"""The real Triton server, over HTTP and gRPC. The slow tests share one server on tiny untrained models."""
+
+import io
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tritonclient.grpc
+import tritonclient.http
+from PIL import Image
+from tritonclient.utils import InferenceServerException
+
+from scaphoid.export.artefacts import ManifestError, verify
+from scaphoid.trainer.flows import FLOWS
+from scaphoid.triton_repo import server as server_module
+from scaphoid.triton_repo.assemble import assemble
+from scaphoid.triton_repo.configs import CONFIG
+from scaphoid.triton_repo.server import SHARED_MEMORY, ServerError, running_server
+
+slow = pytest.mark.slow
+CLIENTS = {"http": tritonclient.http, "grpc": tritonclient.grpc}
+BAD = {
+    "empty": b"\0",
+    "text": b"not an image at all",
+    "zeros": bytes(5000),
+    "cut png": b"",
+    "bomb": b"P5\n60000 60000\n255\n" + bytes(100),
+    "tiny": b"P5\n1 1\n255\n\x80",
+    "dicom": bytes(128) + b"DICM" + bytes(300),
+}
+
+
+def png(seed: int, width: int = 231, height: int = 187) -> bytes:
+    """A blurry random radiograph; every seed another picture and size."""
+    rng = np.random.default_rng(seed)
+    small = Image.fromarray(rng.integers(0, 256, (11, 13), dtype=np.uint8))
+    file = io.BytesIO()
+    small.resize((width + 7 * seed, height + 5 * seed), Image.Resampling.BICUBIC).save(file, "png")
+    return file.getvalue()
+
+
+BAD["cut png"] = png(0)[:-40]
+
+
+@pytest.fixture(scope="module")
+def artefacts(tmp_path_factory) -> Path:
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("scaphoid.kernels.library")
+    from scaphoid.export.export import export
+    from scaphoid.trainer.checkpoint import save_model
+    from scaphoid.trainer.models.kalm import Kalm, KalmConfig
+    from scaphoid.trainer.models.msfm import Msfm, MsfmConfig
+
+    folder = tmp_path_factory.mktemp("server")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.manual_seed(7)
+    save_model(folder / "msfm.safetensors", Msfm(MsfmConfig("test_resnet", image_size=224, part_size=112)))
+    save_model(folder / "kalm.safetensors", Kalm(KalmConfig("test_resnet", image_size=224, key_size=112)))
+    export([folder / "msfm.safetensors", folder / "kalm.safetensors"], folder / "artefacts")
+    yield folder / "artefacts"
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def repository(artefacts) -> Path:
+    assemble(artefacts, artefacts.with_name("repository"))
+    return artefacts.with_name("repository")
+
+
+@pytest.fixture(scope="module")
+def server(repository):
+    with running_server(repository) as server:
+        pid = server.pid
+        yield server
+    assert not Path(f"/proc/{pid}").exists()
+    assert not list(SHARED_MEMORY.glob(f"{server._prefix}*"))
+
+
+@pytest.fixture(scope="module")
+def runner(artefacts):
+    from scaphoid.export.runner import Runner
+
+    runners = {flow: Runner(artefacts, flow, threads=1) for flow in FLOWS}
+    return lambda flow, encoded, wanted=None: runners[flow]([encoded], wanted)
+
+
+def ask(server, flow: str, encoded: bytes, wanted=None, protocol: str = "grpc") -> dict[str, np.ndarray]:
+    triton = CLIENTS[protocol]
+    names = FLOWS[flow].outputs if wanted is None else wanted
+    given = triton.InferInput("encoded", [1, len(encoded)], "UINT8")
+    given.set_data_from_numpy(np.frombuffer(encoded, np.uint8)[None])
+    with triton.InferenceServerClient(server.grpc_url if protocol == "grpc" else server.http_url) as client:
+        result = client.infer(flow, [given], outputs=[triton.InferRequestedOutput(name) for name in names])
+    return {name: result.as_numpy(name) for name in names}
+
+
+def executions(server) -> dict[str, int]:
+    """How many inferences each model has run."""
+    with tritonclient.http.InferenceServerClient(server.http_url) as client:
+        return {
+            m["name"]: m["inference_stats"]["success"]["count"]
+            for m in client.get_inference_statistics()["model_stats"]
+        }
+
+
+def backend_processes(server) -> dict[str, int]:
+    """Process id of the backend process of every model."""
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            parent = int(re.search(r"^PPid:\t(\d+)", (folder / "status").read_text(), re.MULTILINE)[1])
+            command = (folder / "cmdline").read_bytes().decode(errors="replace").split("\0")
+        except (OSError, TypeError):
+            continue  # it ended meanwhile
+        if parent == server.pid and len(command) > 1:
+            found[Path(command[1]).parents[1].name] = int(folder.name)
+    return found
+
+
+@slow
+@pytest.mark.parametrize("protocol", sorted(CLIENTS))
+@pytest.mark.parametrize("flow", sorted(FLOWS))
+def test_server_answers_what_the_flow_computes_in_process(server, runner, flow, protocol):
+    encoded = png(3)
+    served, expected = ask(server, flow, encoded, protocol=protocol), runner(flow, encoded)
+    for name in FLOWS[flow].outputs:
+        assert served[name].dtype == np.float32
+        np.testing.assert_allclose(served[name], expected[name], rtol=1e-4, atol=1e-4, err_msg=name)
+
+
+@slow
+def test_engines_agree_with_eager(server, artefacts):
+    from scaphoid.export.parity import BARS, difference, eager_answers
+
+    for flow, weights in (("msfm", "msfm"), ("msfm_fma", "msfm"), ("kalm", "kalm")):
+        eager = eager_answers(artefacts.with_name(f"{weights}.safetensors"), FLOWS[flow])
+        for seed in range(4):
+            row = difference(str(seed), FLOWS[flow], eager(png(seed)), ask(server, flow, png(seed)))
+            assert row.within(BARS["f32"]) or row.margin < 1e-4, row
+
+
+@slow
+def test_steps_that_nobody_asked_for_do_not_run(server):
+    before = executions(server)
+    ask(server, "msfm", png(1), [name for name in FLOWS["msfm"].outputs if "parts" not in name])
+    without_parts = executions(server)
+    assert without_parts["encoder"] == before["encoder"] + 2
+    assert without_parts["parts_encoder"] == before["parts_encoder"]
+    ask(server, "msfm", png(1), ["main_probability"])
+    triage = executions(server)
+    assert triage["encoder"] == without_parts["encoder"] + 1
+    assert triage["object_crop"] == without_parts["object_crop"]
+    ask(server, "msfm", png(1), ["probability_with_parts"])
+    assert executions(server)["parts_encoder"] == triage["parts_encoder"] + 1
+
+
+@slow
+def test_bad_inputs_mixed_with_good_ones(server, runner):
+    good = {seed: (png(seed), runner("msfm", png(seed), ["probability", "box"])) for seed in range(3)}
+    bad = list(BAD.values())
+
+    def one(index: int) -> str:
+        if index % 2:
+            with pytest.raises(InferenceServerException) as refused:
+                ask(server, "msfm", bad[index // 2 % len(bad)], ["probability"])
+            return str(refused.value)
+        encoded, expected = good[index // 2 % len(good)]
+        answer = ask(server, "msfm", encoded, ["probability", "box"])
+        np.testing.assert_allclose(answer["box"], expected["box"], rtol=1e-4, atol=1e-3)
+        return ""
+
+    def memory() -> int:
+        return sum(
+            int(re.search(r"RssAnon:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())[1])
+            for pid in backend_processes(server).values()
+        )
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(one, range(200)))
+        before = memory()
+        reasons = {reason for reason in pool.map(one, range(800)) if reason}
+    assert memory() - before < 48 * 1024  # kB
+    assert len(reasons) == len(BAD), reasons
+
+
+@slow
+def test_concurrent_clients_get_their_own_answers(server, runner):
+    expected = [runner("msfm", png(seed), ["probability", "window_boxes"]) for seed in range(8)]
+    with ThreadPoolExecutor(8) as pool:
+        for _ in range(4):
+            answers = pool.map(lambda seed: ask(server, "msfm", png(seed), ["probability", "window_boxes"]), range(8))
+            for answer, wanted in zip(answers, expected, strict=True):
+                for name, value in wanted.items():
+                    np.testing.assert_allclose(answer[name], value, rtol=1e-4, atol=1e-3)
+
+
+@slow
+def test_a_tensor_of_another_size_is_refused(server):
+    image = tritonclient.http.InferInput("image", [1, 1, 100, 224], "UINT8")
+    image.set_data_from_numpy(np.zeros((1, 1, 100, 224), np.uint8))
+    with (
+        tritonclient.http.InferenceServerClient(server.http_url) as client,
+        pytest.raises(InferenceServerException, match="unexpected shape"),
+    ):
+        client.infer("encoder", [image])
+
+
+@slow
+def test_model_control_needs_the_key(server):
+    with tritonclient.http.InferenceServerClient(server.http_url) as client, pytest.raises(InferenceServerException):
+        client.unload_model("encoder")
+    with tritonclient.grpc.InferenceServerClient(server.grpc_url) as client, pytest.raises(InferenceServerException):
+        client.unload_model("encoder")
+    server.canary("msfm")
+
+
+@slow
+def test_permuted_outputs_are_served_permuted(server, repository):
+    """Triton binds a TorchScript's outputs by the configuration's order, so a permuted file shows in the answers."""
+    twin = repository / "parts_result_permuted"
+    shutil.copytree(repository / "parts_result", twin)
+    try:
+        text = (twin / CONFIG).read_text().replace('name: "parts_result"', 'name: "parts_result_permuted"')
+        first, second = '"parts_probability"', '"probability_with_parts"'
+        (twin / CONFIG).write_text(text.replace(first, '"?"').replace(second, first).replace('"?"', second))
+        control = "/v2/repository/models/parts_result_permuted"
+        assert server._request("POST", f"{control}/load", {}, timeout=120)[0] == 200
+        names = ("main_logits", "object_logits", "parts_logits")
+        arrays = [np.array([[1, 2]], np.float32), np.array([[2, 0]], np.float32), np.eye(7, 2, dtype=np.float32)[None]]
+        inputs = [tritonclient.http.InferInput(n, a.shape, "FP32") for n, a in zip(names, arrays, strict=True)]
+        for given, array in zip(inputs, arrays, strict=True):
+            given.set_data_from_numpy(array)
+        with tritonclient.http.InferenceServerClient(server.http_url) as client:
+            right, wrong = (client.infer(name, inputs) for name in ("parts_result", "parts_result_permuted"))
+        assert right.as_numpy("parts_probability") == wrong.as_numpy("probability_with_parts")
+        assert right.as_numpy("parts_probability") != wrong.as_numpy("parts_probability")
+        assert server._request("POST", f"{control}/unload", {})[0] == 200
+    finally:
+        shutil.rmtree(twin)
+
+
+@slow
+def test_a_killed_backend_process_is_noticed_and_recovered(repository):
+    told = []
+    with running_server(repository, ["kalm"], watch_interval_s=2.0, report=told.append) as server:
+        killed = backend_processes(server)["key_area_crop"]
+        os.kill(killed, signal.SIGKILL)
+        assert server._request("GET", "/v2/models/key_area_crop/ready")[0] == 200  # Triton does not notice
+        deadline = time.monotonic() + 240
+        while not any("recovered in" in line for line in told) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        server.canary("kalm")
+        assert backend_processes(server)["key_area_crop"] != killed
+    assert "kalm answers with an error" in told[0]
+    assert "recovered in" in told[1]
+
+
+def serve(repository: Path, *arguments: str) -> subprocess.Popen:
+    command = [sys.executable, "-m", "scaphoid.triton_repo.serve", str(repository), *arguments]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+
+
+@slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_scaphoid_serve_leaves_nothing_behind(repository, number):
+    ports = [str(port) for port in server_module.free_ports("127.0.0.1")]
+    process = serve(
+        repository, "--flows", "kalm", "--http-port", ports[0], "--grpc-port", ports[1], "--metrics-port", ports[2]
+    )
+    lines = []
+    for line in process.stderr:
+        lines.append(line)
+        if "ready after" in line:
+            break
+    assert ports[1] in lines[-1], lines
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    process.send_signal(number)
+    code = process.wait(60)
+    assert code == (-signal.SIGKILL if number == signal.SIGKILL else 0)
+    deadline = time.monotonic() + 60
+    while any(Path(f"/proc/{pid}").exists() for pid in children) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert children
+    assert not any(Path(f"/proc/{pid}").exists() for pid in children)
+    process.stderr.close()
+
+
+def test_a_repository_without_manifest_is_refused(tmp_path):
+    with pytest.raises(ManifestError, match=r"manifest\.json"), running_server(tmp_path):
+        pass
+
+
+@pytest.fixture
+def bare(tmp_path, monkeypatch):
+    """A repository whose manifest is in order; no server is started on it."""
+    monkeypatch.setattr(server_module, "verify", lambda folder: {"flows": ["msfm"]})
+    return tmp_path
+
+
+def test_a_flow_that_the_repository_lacks_is_named(bare):
+    with pytest.raises(ManifestError, match="no flow kalm"), running_server(bare, ["kalm"]):
+        pass
+
+
+def test_a_port_in_use_is_named(bare):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(ServerError, match=f"port {port}"), running_server(bare, ports=(port, port + 1, port + 2)):
+            pass
+
+
+@pytest.mark.parametrize("missing", ["tritonserver", "backend process for Python"])
+def test_a_missing_binary_is_named(bare, tmp_path, monkeypatch, missing):
+    if missing != "tritonserver":
+        (tmp_path / "pytriton/tritonserver/bin").mkdir(parents=True)
+        (tmp_path / "pytriton/tritonserver/bin/tritonserver").touch()
+    monkeypatch.setattr(server_module, "_site_packages", lambda: tmp_path)
+    with pytest.raises(ServerError, match=missing), running_server(bare):
+        pass
+
+
+def test_folders_of_killed_supervisors_are_removed(tmp_path):
+    child = subprocess.Popen([sys.executable, "-S", "-c", ""])
+    child.wait()
+    for name in (f"scaphoid-{child.pid}-8000-x", f"scaphoid-{os.getpid()}-8000-x", "scaphoid-my-results"):
+        (tmp_path / name / "backends").mkdir(parents=True)
+    server_module.remove_leftovers(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {f"scaphoid-{os.getpid()}-8000-x", "scaphoid-my-results"}
+
+
+def test_verify_is_what_guards_the_start():
+    assert server_module.verify is verify

@@ -1,0 +1,138 @@
+"""Asynchronous gRPC client of a flow: the bytes of one radiograph in, the flow's outputs by name out.
+
+Needs numpy and tritonclient only, so a workstation without torch can ask a server. A flow's outputs come from the
+wiring table; the server skips every step whose outputs are not asked for, so asking for less costs less.
+"""
+
+from collections.abc import Sequence
+
+import grpc
+import numpy as np
+import tritonclient.grpc.aio as triton
+from tritonclient.utils import InferenceServerException
+
+from scaphoid.trainer.contracts import ENCODED
+from scaphoid.trainer.flows import FLOWS
+
+PARTS_OUTPUTS = ("parts_probability", "probability_with_parts")
+PROBE_TIMEOUT_S = 5.0
+
+
+class ServerUnavailable(Exception):
+    """The server cannot be reached, is not ready, or does not serve the flow: no request can succeed."""
+
+
+class RequestFailed(Exception):
+    """A request failed, not by the image's fault as far as known (engine error, time limit, full queue): retry it."""
+
+
+class RequestRejected(Exception):
+    """The server refused this image (INVALID_ARGUMENT): sending it again cannot help."""
+
+
+def wanted_outputs(flow: str, parts: bool) -> tuple[str, ...]:
+    """Names of the outputs to ask `flow` for. Without `parts` the windows are chosen but not classified: about half the
+    arithmetic of MSFM. Raises ValueError on an unknown flow."""
+    if flow not in FLOWS:
+        raise ValueError(f"unknown flow {flow!r}: expected one of {', '.join(FLOWS)}")
+    return tuple(name for name in FLOWS[flow].outputs if parts or name not in PARTS_OUTPUTS)
+
+
+class FlowClient:
+    """A connection to one flow on one server; use as `async with FlowClient(...) as client`.
+
+    `url` is host:port of the server's gRPC endpoint, `outputs` the flow's outputs to ask for, `version` the model
+    version (empty: the newest that the server has loaded when `connect` is called), `timeout_s` the limit of each
+    request.
+    """
+
+    def __init__(self, url: str, flow: str, outputs: Sequence[str], version: str = "", timeout_s: float = 60.0) -> None:
+        self.url, self.flow, self.version, self.timeout_s = url, flow, version, timeout_s
+        self._outputs = tuple(outputs)
+        self._requested = [triton.InferRequestedOutput(name) for name in self._outputs]
+
+    async def __aenter__(self) -> "FlowClient":
+        self._server = triton.InferenceServerClient(self.url)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._server.close()
+
+    async def connect(self) -> str:
+        """Check that the server is ready and serves the flow with the wanted outputs; settle and return the version.
+
+        Raises ServerUnavailable, naming what is missing and what to do.
+        """
+        try:
+            if not await self._server.is_server_ready(client_timeout=PROBE_TIMEOUT_S):
+                raise ServerUnavailable(
+                    f"the server at {self.url} is up but not ready: wait until its models are loaded"
+                )
+        except (InferenceServerException, grpc.RpcError) as error:
+            raise ServerUnavailable(
+                f"no Triton gRPC server answers at {self.url} ({_reason(error)}): start one with scaphoid-serve, "
+                "or name another with --url HOST:PORT (the gRPC port, 8001 by default)"
+            ) from error
+        try:
+            model = await self._server.get_model_metadata(self.flow, self.version, client_timeout=PROBE_TIMEOUT_S)
+        except (InferenceServerException, grpc.RpcError) as error:
+            wanted = self.flow + (f" version {self.version}" if self.version else "")
+            raise ServerUnavailable(
+                f"the server at {self.url} does not serve flow {wanted} ({_reason(error)})"
+            ) from error
+        if missing := set(self._outputs) - {output.name for output in model.outputs}:
+            raise ServerUnavailable(
+                f"flow {self.flow} at {self.url} has no output {', '.join(sorted(missing))}: "
+                "server and client are of different releases"
+            )
+        self.version = self.version or max(model.versions, key=int, default="")
+        return self.version
+
+    async def is_live(self) -> bool:
+        """Whether the server still answers at all."""
+        try:
+            return bool(await self._server.is_server_live(client_timeout=PROBE_TIMEOUT_S))
+        except (InferenceServerException, grpc.RpcError):
+            return False
+
+    async def predict(self, encoded: bytes) -> dict[str, np.ndarray]:
+        """The flow's outputs for the bytes of one PNG, JPEG, BMP, TIFF or PGM file, each without the batch dimension.
+
+        Raises RequestRejected (the image is at fault), RequestFailed (retry it alone) or ServerUnavailable.
+        """
+        tensor = triton.InferInput(ENCODED.name, [1, len(encoded)], ENCODED.dtype)
+        tensor.set_data_from_numpy(np.frombuffer(encoded, np.uint8)[None])
+        try:
+            result = await self._server.infer(
+                self.flow, [tensor], self.version, outputs=self._requested, client_timeout=self.timeout_s
+            )
+        except (InferenceServerException, grpc.RpcError) as error:
+            raise await self._classified(error) from error
+        answered = {name: result.as_numpy(name) for name in self._outputs}
+        if absent := [name for name, value in answered.items() if value is None or value.shape[:1] != (1,)]:
+            raise RequestFailed(f"the server's answer lacks {', '.join(absent)} for one image")
+        return {name: value[0] for name, value in answered.items()}
+
+    async def _classified(self, error: InferenceServerException | grpc.RpcError) -> Exception:
+        """INVALID_ARGUMENT is the image's fault; anything else is a passing failure while the server lives (UNAVAILABLE
+        then means a full queue), and its end when it does not."""
+        status = _status(error)
+        if status == "INVALID_ARGUMENT":
+            return RequestRejected(f"refused by the server: {_reason(error)}")
+        if not await self.is_live():
+            return ServerUnavailable(f"the server at {self.url} went away ({_reason(error)})")
+        if status == "DEADLINE_EXCEEDED":
+            return RequestFailed(f"no answer within {self.timeout_s:g} s")
+        return RequestFailed(f"server error {status}: {_reason(error)}")
+
+
+def _status(error: InferenceServerException | grpc.RpcError) -> str:
+    if isinstance(error, grpc.RpcError):
+        return str(error.code()).removeprefix("StatusCode.")
+    return str(error.status()).removeprefix("StatusCode.")
+
+
+def _reason(error: InferenceServerException | grpc.RpcError) -> str:
+    """The first line of the server's message, short enough for a line of its own."""
+    message = error.details() if isinstance(error, grpc.RpcError) else error.message()
+    return ((message or "").strip().splitlines() or [_status(error)])[0][:200]

@@ -1,0 +1,280 @@
+"""`scaphoid-predict`: radiographs in, probabilities and boxes out, through a server (start one with `scaphoid-serve`).
+
+    scaphoid-predict hand.png                            one radiograph
+    scaphoid-predict MURA-v1.1/valid --csv               every study under a folder
+    scaphoid-predict exam/*.dcm --overlays --out exam    DICOM; nothing but pixels leaves this machine
+    scaphoid-predict --index phantoms/index.csv --split test --flow kalm
+
+Exit code: 0 every input was predicted; 1 some inputs were rejected (duplicates too) or failed, each with a line that
+says why; 2 wrong usage, or the server cannot be reached (what was finished is kept); 130 interrupted. Run the same
+command again to pick up where it stopped.
+"""
+
+import asyncio
+import inspect
+import json
+import secrets
+import sys
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn, track
+from rich.table import Table
+
+from scaphoid.trainer.data.index import Radiograph, read_index
+from scaphoid.trainer.flows import FLOWS
+from scaphoid.triton_repo.client import FlowClient, ServerUnavailable, wanted_outputs
+from scaphoid.triton_repo.inputs import Collection, collect
+from scaphoid.triton_repo.prediction_run import PredictionRun
+from scaphoid.triton_repo.report.outcome import Outcome
+from scaphoid.triton_repo.report.overlays import write_overlay
+from scaphoid.triton_repo.report.report import write_report
+from scaphoid.triton_repo.results import Journal, Prediction, studies_of, write_csv, write_studies
+
+Flag = tyro.conf.FlagCreatePairsOff[bool]
+USAGE, SOME_FAILED, INTERRUPTED = 2, 1, 130
+
+
+@dataclass(frozen=True)
+class Options:
+    """Predict radiographs with a running server: files, folders (walked in depth), DICOM files, whole studies.
+
+    Results go to --out as they come: predictions.jsonl (a line per image), studies.jsonl (a line per study: the mean of
+    its images' probabilities, and the verdict on it) and report.html. Run the same command again after an interruption
+    and it goes on where it stopped. Boxes are x0, y0, x1, y1 in pixels of the original radiograph.
+    """
+
+    paths: tyro.conf.Positional[tuple[Path, ...]] = ()
+    """Radiographs: PNG, JPEG, BMP, TIFF, PGM or DICOM files, and folders of them."""
+    out: Path = Path("predictions")
+    """Folder for the results; made when absent."""
+    url: str = "127.0.0.1:8001"
+    """host:port of the server's gRPC endpoint."""
+    flow: Literal[tuple(FLOWS)] = "msfm"  # type: ignore[valid-type]
+    """msfm: MSFM; msfm_fma: MSFM after suppressing bright artefacts; kalm: KALM."""
+    parts: bool = True
+    """Classify MSFM's seven windows too. Without them a prediction costs about half; the boxes are the same."""
+    model_version: str = ""
+    """Version of the flow on the server; the newest when not given."""
+    threshold: float = 0.5
+    """Called abnormal at this probability or above: each image, and each study by its mean."""
+    unstable_margin: float = 1e-4
+    """A box is marked unstable when a decision behind it was closer to flipping than this (relative distance)."""
+    index: Annotated[Path | None, tyro.conf.arg(metavar="PATH")] = None
+    """An index.csv: gives each image's study, and annotated boxes to draw dashed. Without PATHS, the images too."""
+    split: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
+    """With --index and without PATHS: only the images of this split."""
+    one_image_studies: Flag = False
+    """Every image is a study of its own: for a flat folder of unrelated radiographs."""
+    csv: Flag = False
+    """Write predictions.csv too."""
+    overlays: Flag = False
+    """Write overlays/*.png too: each radiograph with its boxes burnt in."""
+    report: bool = True
+    """Write report.html: one file, readable offline."""
+    resume: bool = True
+    """Take over what an earlier run into --out has finished, as long as file, flow, version and parts are the same.
+    --no-resume predicts everything anew: after the weights behind a version were replaced, for instance."""
+    concurrency: Annotated[int, tyro.conf.arg(aliases=["-j"])] = 8
+    """Requests in flight at once, one image each."""
+    timeout_s: float = 60.0
+    """Time limit of one request, in seconds."""
+    json: Flag = False
+    """Print the summary as JSON on standard output instead of a table."""
+
+
+class UsageError(Exception):
+    """Something about the command itself is wrong."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The console script. Returns the exit code."""
+    description = f"{inspect.cleandoc(Options.__doc__ or '')}\n\n{inspect.cleandoc(__doc__ or '')}"
+    options = tyro.cli(Options, args=argv, prog="scaphoid-predict", description=description)
+    console = Console(stderr=True, highlight=False)
+    try:
+        return _predict(options, console)
+    except (UsageError, ServerUnavailable, OSError) as error:
+        console.print(f"[bold red]error:[/] {_shown(str(error))}", soft_wrap=True)
+        return USAGE
+    except KeyboardInterrupt:
+        console.print("interrupted: what was finished is kept; run the same command again to go on", soft_wrap=True)
+        return INTERRUPTED
+
+
+def _predict(options: Options, console: Console) -> int:
+    radiographs = _radiographs(options)
+    paths = options.paths or tuple(radiographs)
+    _check(options, paths)
+    real = {path.resolve(): radiograph for path, radiograph in radiographs.items()}
+    studies = {path: f"{item.body_part}/{item.patient}/{item.study}" for path, item in real.items()}
+    collection = collect(paths, studies, options.one_image_studies, skip=options.out)
+    truth = {str(source.path): real.get(source.path.resolve()) for source in collection.sources}
+    started = time.monotonic()
+    try:
+        run = asyncio.run(_run(options, collection, console))
+    except ServerUnavailable as error:
+        raise ServerUnavailable(
+            f"{error}. What was finished is in {options.out}: run the same command again"
+        ) from error
+    given = [str(source.path) for source in collection.sources] + [str(item.path) for item in collection.rejections]
+    predictions = [run.predictions[image] for image in dict.fromkeys(given)]
+    outcome = Outcome(
+        flow=options.flow,
+        model_version=run.client.version,
+        url=options.url,
+        parts=run.parts,
+        threshold=options.threshold,
+        unstable_margin=options.unstable_margin,
+        predictions=predictions,
+        studies=studies_of(predictions, options.threshold),
+        truth={image: item for image, item in truth.items() if item is not None},
+    )
+    files = _write(options, outcome, console)
+    _summarise(options, outcome, files, time.monotonic() - started)
+    return 0 if all(item.status == "ok" for item in predictions) and len(given) == len(predictions) else SOME_FAILED
+
+
+async def _run(options: Options, collection: Collection, console: Console) -> PredictionRun:
+    """Predict the whole collection, with a line for each input that was not predicted, and a bar."""
+    outputs = wanted_outputs(options.flow, options.parts)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    progress = Progress(*columns, console=console)
+    task = progress.add_task("predicting", total=len(collection.sources) + len(collection.rejections))
+
+    def finished(prediction: Prediction) -> None:
+        progress.advance(task)
+        if prediction.status != "ok":
+            console.print(
+                f"[yellow]{prediction.status}[/] {_shown(f'{prediction.image}: {prediction.reason}')}", soft_wrap=True
+            )
+
+    async with FlowClient(options.url, options.flow, outputs, options.model_version, options.timeout_s) as client:
+        await client.connect()
+        with _journal(options) as journal, progress:
+            run = PredictionRun(
+                client,
+                journal,
+                parts="parts_probability" in outputs,
+                threshold=options.threshold,
+                concurrency=options.concurrency,
+                salt=_salt(options.out),
+                finished=finished,
+            )
+            run.reject(collection.rejections)
+            await run.predict(collection.sources)
+    if collection.ignored:
+        kinds = ", ".join(f"{count} {suffix}" for suffix, count in sorted(collection.ignored.items()))
+        console.print(
+            f"[dim]left alone in the folders, not radiographs by their names: {_shown(kinds)}[/]", soft_wrap=True
+        )
+    return run
+
+
+def _journal(options: Options) -> Journal:
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+        return Journal(options.out / "predictions.jsonl", options.resume)
+    except (ValueError, OSError) as error:
+        raise UsageError(f"--out {options.out}: {error}") from error
+
+
+def _salt(out: Path) -> bytes:
+    """The salt of the DICOM studies' pseudonyms: random, and kept so that a resumed run names the studies alike."""
+    path = out / ".study_salt"
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        path.touch(mode=0o600)
+        path.write_bytes(salt := secrets.token_bytes(32))
+        return salt
+
+
+def _radiographs(options: Options) -> dict[Path, Radiograph]:
+    """The index's radiographs by path; empty without --index."""
+    if options.index is None:
+        return {}
+    try:
+        index = read_index(options.index)
+    except (ValueError, OSError) as error:
+        raise UsageError(f"--index: {error}") from error
+    if options.split is not None and not options.paths:
+        index = index.where(split=options.split)
+        if not len(index):
+            raise UsageError(f"--split {options.split}: the index {options.index} has no image of this split")
+    return {index.path(radiograph): radiograph for radiograph in index.radiographs}
+
+
+def _check(options: Options, paths: Sequence[Path]) -> None:
+    if not paths:
+        raise UsageError("nothing to predict: give files or folders, or --index (scaphoid-predict --help explains)")
+    if options.split is not None and (options.index is None or options.paths):
+        raise UsageError("--split chooses among the images of --index; give no PATHS with it")
+    if not 0 <= options.threshold <= 1:
+        raise UsageError(f"--threshold: expected a probability between 0 and 1, got {options.threshold}")
+    if options.concurrency < 1:
+        raise UsageError(f"--concurrency: expected 1 or more, got {options.concurrency}")
+    if not options.timeout_s > 0:
+        raise UsageError(f"--timeout-s: expected more than 0 seconds, got {options.timeout_s}")
+    if options.out.resolve() in {path.resolve() for path in options.paths}:
+        raise UsageError(f"--out {options.out} is one of the inputs: results need a folder of their own")
+
+
+def _write(options: Options, outcome: Outcome, console: Console) -> list[Path]:
+    """The files besides the journal that this run was asked for."""
+    files = [options.out / "predictions.jsonl", options.out / "studies.jsonl"]
+    write_studies(files[-1], outcome.studies)
+    if options.csv:
+        files.append(options.out / "predictions.csv")
+        write_csv(files[-1], outcome.predictions)
+    if options.overlays:
+        files.append(options.out / "overlays")
+        done = [prediction for prediction in outcome.predictions if prediction.status == "ok"]
+        for prediction in track(done, "drawing overlays", console=console):
+            try:
+                write_overlay(files[-1], prediction, outcome.truth.get(prediction.image))
+            except (OSError, ValueError) as error:
+                console.print(f"no overlay of {_shown(f'{prediction.image}: {error}')}", soft_wrap=True)
+    if options.report:
+        files.append(options.out / "report.html")
+        with console.status("writing the report"):
+            write_report(files[-1], outcome)
+    return files
+
+
+def _summarise(options: Options, outcome: Outcome, files: list[Path], seconds: float) -> None:
+    """What came out, on standard output."""
+    statuses = Counter(prediction.status for prediction in outcome.predictions)
+    verdicts = Counter(study.verdict or "no verdict" for study in outcome.studies)
+    if options.json:
+        counts = {"images": {status: statuses[status] for status in ("ok", "rejected", "failed")}}
+        counts["studies"] = {verdict: verdicts[verdict] for verdict in ("abnormal", "normal", "no verdict")}
+        about = {"flow": outcome.flow, "model_version": outcome.model_version, "threshold": outcome.threshold}
+        print(json.dumps({"schema": "scaphoid.summary/1", **about, **counts, "files": [str(path) for path in files]}))
+        return
+    table = Table(show_header=False, box=None)
+    table.add_row("images", ", ".join(f"{count} {status}" for status, count in statuses.items()))
+    table.add_row("studies", ", ".join(f"{count} {verdict}" for verdict, count in verdicts.items()))
+    version = f" version {outcome.model_version}" if outcome.model_version else ""
+    table.add_row("model", f"{outcome.flow}{version}, abnormal at {outcome.threshold:g} or above")
+    table.add_row("time", f"{seconds:.1f} s")
+    for path in files:
+        table.add_row("", _shown(str(path)))
+    Console(highlight=False, soft_wrap=True).print(table)
+
+
+def _shown(text: str) -> str:
+    """Text from outside, fit for a terminal: no control characters, no half characters, no markup."""
+    printable = "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in text)
+    return escape(printable)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

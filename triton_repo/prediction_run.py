@@ -1,0 +1,176 @@
+"""Carries many radiographs through one flow: bounded requests in flight, lines written as they come, resumable.
+
+One reader loads, checks and hashes the files in order, a few ahead; `concurrency` workers send them. An image whose
+request failed is tried once more at the end, alone, so that no batch-mate can take it along. One bad image is one line.
+"""
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from scaphoid.trainer.data.guard import RejectedImage
+from scaphoid.triton_repo.client import FlowClient, RequestFailed, RequestRejected, ServerUnavailable
+from scaphoid.triton_repo.inputs import Loaded, Rejection, Source, load
+from scaphoid.triton_repo.results import STAGES, Journal, Prediction
+
+
+@dataclass
+class PredictionRun:
+    """The state of one run. `finished` is called with every prediction, rejections and those of an earlier run
+    included; `predictions` holds them by image."""
+
+    client: FlowClient
+    journal: Journal
+    parts: bool
+    threshold: float
+    concurrency: int
+    salt: bytes  # of the pseudonyms of DICOM studies
+    finished: Callable[[Prediction], None]
+    predictions: dict[str, Prediction] = field(default_factory=dict)
+    _first_with: dict[str, Source] = field(default_factory=dict)  # content hash -> the first source that has it
+    _again: list[tuple[Source, RequestFailed]] = field(default_factory=list)
+
+    def reject(self, rejections: Iterable[Rejection]) -> None:
+        """Record inputs that were rejected before anything was read."""
+        for rejection in rejections:
+            original = None if rejection.duplicate_of is None else str(rejection.duplicate_of)
+            record = self._record(rejection.path, rejection.study, "rejected", rejection.reason, duplicate_of=original)
+            if record.image == original:  # the very same path given twice: its line is that of its prediction
+                self.finished(record)
+            else:
+                self._finish(record)
+
+    async def predict(self, sources: Sequence[Source]) -> None:
+        """Predict all `sources`. Raises ServerUnavailable when the server is gone and OSError when the
+        journal cannot be written; what was finished by then is kept."""
+        ready: asyncio.Queue[tuple[Source, Loaded] | None] = asyncio.Queue(self.concurrency)
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                for _ in range(self.concurrency):
+                    tasks.create_task(self._send_all(ready))
+                async with aclosing(self._load_all(sources)) as loading:
+                    async for item in loading:
+                        await ready.put(item)
+                for _ in range(self.concurrency):
+                    await ready.put(None)
+        except* (ServerUnavailable, OSError) as group:  # OSError: the journal cannot be written
+            raise group.exceptions[0] from None
+        for source, error in self._again:
+            await self._try_alone(source, error)
+
+    async def _load_all(self, sources: Sequence[Source]) -> AsyncGenerator[tuple[Source, Loaded], None]:
+        """The sources that still need a request, in order, read a few ahead of their turn on other threads."""
+        ahead: deque[tuple[Source, asyncio.Task[Loaded]]] = deque()
+        remaining = iter(sources)
+        try:
+            while True:
+                while len(ahead) < self.concurrency and (following := next(remaining, None)):
+                    ahead.append((following, asyncio.create_task(asyncio.to_thread(load, following, self.salt))))
+                if not ahead:
+                    return
+                source, loading = ahead.popleft()
+                try:
+                    loaded = await loading
+                except RejectedImage as error:
+                    self._finish(self._record(source.path, source.study, "rejected", str(error)))
+                    continue
+                if not self._settled(source, loaded):
+                    yield source, loaded
+        finally:
+            for _, loading in ahead:
+                loading.cancel()
+
+    def _settled(self, source: Source, loaded: Loaded) -> bool:
+        """Finish what needs no request: a repeated radiograph, and one that an earlier run has finished."""
+        original = self._first_with.setdefault(loaded.sha256, source)
+        if original is not source:
+            reason = f"the same content as {original.path}, predicted once"
+            self._finish(self._record(source.path, loaded, "rejected", reason, duplicate_of=str(original.path)))
+            return True
+        known = self.journal.find(str(source.path), loaded.sha256, self.client.flow, self.client.version, self.parts)
+        if known is not None:
+            self._finish(known.judged(self.threshold))
+        return known is not None
+
+    async def _send_all(self, ready: "asyncio.Queue[tuple[Source, Loaded] | None]") -> None:
+        while (item := await ready.get()) is not None:
+            source, loaded = item
+            try:
+                await self._send(source, loaded)
+            except RequestFailed as error:
+                self._again.append((source, error))
+
+    async def _send(self, source: Source, loaded: Loaded) -> None:
+        try:
+            outputs = await self.client.predict(loaded.encoded)
+        except RequestRejected as error:
+            self._finish(self._record(source.path, loaded, "rejected", str(error)))
+        else:
+            answer = described(outputs)
+            self._finish(self._record(source.path, loaded, "ok", None, **answer).judged(self.threshold))
+
+    async def _try_alone(self, source: Source, first: RequestFailed) -> None:
+        try:
+            loaded = await asyncio.to_thread(load, source, self.salt)
+        except RejectedImage as error:
+            self._finish(self._record(source.path, source.study, "rejected", str(error)))
+            return
+        try:
+            await self._send(source, loaded)
+        except RequestFailed as error:
+            reason = (
+                f"{error} (tried twice, the second time alone)"
+                if str(error) == str(first)
+                else f"{first}; then {error}"
+            )
+            self._finish(self._record(source.path, loaded, "failed", reason))
+
+    def _record(self, path: object, about: Loaded | str, status: str, reason: str | None, **known: Any) -> Prediction:
+        """A line about `path`; `about` is what was loaded, or only the study where loading did not get that far."""
+        if isinstance(about, Loaded):
+            known |= {"sha256": about.sha256, "width": about.width, "height": about.height}
+        return Prediction(
+            image=str(path),
+            study=about.study if isinstance(about, Loaded) else about,
+            flow=self.client.flow,
+            model_version=self.client.version,
+            parts=self.parts,
+            status=status,
+            threshold=self.threshold,
+            reason=reason,
+            **known,
+        )
+
+    def _finish(self, prediction: Prediction) -> None:
+        self.journal.append(prediction)
+        self.predictions[prediction.image] = prediction
+        self.finished(prediction)
+
+
+def described(outputs: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """The fields of a `Prediction` that a flow's outputs settle. Raises RequestFailed when a number is not finite."""
+    for name, value in outputs.items():
+        if not np.isfinite(value).all():
+            raise RequestFailed(f"the server answered {name} with a value that is not finite")
+
+    def number(name: str) -> float | None:
+        return float(outputs[name].item()) if name in outputs else None
+
+    boxes, scores = outputs.get("window_boxes", ()), outputs.get("window_scores", ())
+    probabilities = {stage: number(f"{stage}_probability") for stage in STAGES}
+    return {
+        "probability": number("probability"),
+        "probability_with_parts": number("probability_with_parts"),
+        "stages": {stage: value for stage, value in probabilities.items() if value is not None},
+        "box": outputs["box"].astype(float).tolist() if "box" in outputs else None,
+        "main_box": outputs["main_box"].astype(float).tolist() if "main_box" in outputs else None,
+        "windows": [
+            {"box": box.astype(float).tolist(), "score": float(score)} for box, score in zip(boxes, scores, strict=True)
+        ],
+        "margin": number("margin"),
+    }

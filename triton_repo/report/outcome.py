@@ -1,0 +1,26 @@
+"""What one prediction run came to: all that its report and its overlays are drawn from."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from scaphoid.trainer.data.index import Radiograph
+from scaphoid.triton_repo.results import Prediction, Study
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """`truth` holds the index's rows by image, for those images that an index knows. A box whose margin is below
+    `unstable_margin` is marked unstable."""
+
+    flow: str
+    model_version: str
+    url: str
+    parts: bool
+    threshold: float
+    unstable_margin: float
+    predictions: Sequence[Prediction]
+    studies: Sequence[Study]
+    truth: Mapping[str, Radiograph]
+
+    def is_unstable(self, prediction: Prediction) -> bool:
+        return prediction.margin is not None and prediction.margin < self.unstable_margin
