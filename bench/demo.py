@@ -21,6 +21,7 @@ from pydicom.data import get_testdata_file
 from rich.console import Console
 from rich.table import Table
 
+from scaphoid.export.artefacts import read_manifest
 from scaphoid.export.export import export
 from scaphoid.trainer import evaluate
 from scaphoid.trainer.data.fracatlas import read_fracatlas
@@ -157,11 +158,19 @@ def evaluate_flow(flow: str, folder: Path, phantoms: Index, results: dict[str, P
     command = [str(folder / "predictions.jsonl"), "--index", str(phantoms.root), "--out", str(folder / "evaluation")]
     if flow == "msfm":
         command += ["--twins", str(results["twins"] / "predictions.jsonl")]
-    command += ["--map-size", "7", "7"]  # of the shipped weights: the backbone sees 224 pixels
+    command += ["--map-size", *map(str, activation_size(flow, folder.parents[1] / "artefacts"))]
     with contextlib.redirect_stdout(None), step(f"evaluating {flow}"):
         if status := evaluate.main([*command, "--json"]):
             sys.exit(f"demo: scaphoid-evaluate {flow} ended with exit code {status}")
     return json.loads((folder / "evaluation" / "evaluation.json").read_text())
+
+
+def activation_size(flow: str, artefacts: Path) -> list[int]:
+    """Rows and columns of the activation map of the flow's first encoder, as the manifest has them: what boxes a method
+    can form at all depends on it."""
+    encoder = "global_encoder" if flow == "kalm" else "encoder"
+    outputs = read_manifest(artefacts)["stages"][encoder]["outputs"]
+    return next(output["dims"] for output in outputs if output["name"] == "activation")
 
 
 def show(reports: dict[str, dict], latencies: dict[str, list[float]]) -> None:
