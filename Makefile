@@ -32,7 +32,7 @@ test: $(STAMP) ## all tests
 	$(BIN)/pytest
 
 quick: $(STAMP) ## the everyday loop: all tests but the slow ones
-	$(BIN)/pytest -q -m "not slow"
+	$(BIN)/pytest -q -n 2 -m "not slow"
 
 lint: $(STAMP) ## ruff and clang-format
 	$(BIN)/ruff check .
@@ -47,5 +47,5 @@ format: $(STAMP) ## let ruff and clang-format rewrite the sources
 weights: $(STAMP) ## train the shipped demo weights and the learning curves again (hours)
 	$(BIN)/python -m scaphoid.trainer.demo_weights
 
-clean: ## remove the environment and everything generated
-	rm -rf $(VENV) demo runs build kernels/*.so *.egg-info
+clean: ## remove the environment, the demo and the build; runs/ stays
+	rm -rf $(VENV) demo build kernels/*.so *.egg-info

@@ -6,7 +6,7 @@ scaphoid-export msfm.safetensors kalm.safetensors --out artefacts
 import shutil
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -16,10 +16,9 @@ from torch import Tensor, nn
 import scaphoid.kernels
 from scaphoid.export.artefacts import MANIFEST, OPS_LIBRARY, sha256, versions, write_manifest
 from scaphoid.export.precision import Precision, effective_precision
-from scaphoid.export.runner import PREPROCESS_BATCH, eager_stages, run
+from scaphoid.export.runner import PREPROCESS_BATCH, eager_stages, load_served, run
 from scaphoid.export.torch_to_openvino import torch_to_openvino
 from scaphoid.export.torch_to_torchscript import torch_to_torchscript
-from scaphoid.trainer.checkpoint import load_model
 from scaphoid.trainer.contracts import ENCODED, STAGES, Stage
 from scaphoid.trainer.data.pipeline import serialize
 from scaphoid.trainer.flows import FLOWS, Flow
@@ -58,15 +57,17 @@ class Door:
 def export(weights: list[Path], out: Path, precision: Precision = "f32") -> dict:
     """Export every flow that the `weights` files make possible into the folder `out`; returns the manifest's content.
 
-    An `out` that holds earlier artefacts is replaced, once the new ones are complete. Raises ExportError.
+    An `out` that holds earlier artefacts is replaced, once the new ones are complete. Raises ExportError, and
+    ValueError for a file whose model does not load or is served by no flow.
     """
     if out.exists() and any(out.iterdir()) and not (out / MANIFEST).is_file():
         raise ExportError(f"{out} is not empty and holds no artefacts: choose another --out")
     modules: dict[str, nn.Module] = {}
     doors: dict[str, Door] = {}
+    origins: list[dict] = []
     image_size = None
     for path in weights:
-        model = load_model(path).eval()
+        model = load_served(path)
         size = model.config.image_size
         if image_size not in (None, size):
             raise ExportError(f"{path} takes images of {size} pixels, {weights[0]} of {image_size}: export them apart")
@@ -75,6 +76,9 @@ def export(weights: list[Path], out: Path, precision: Precision = "f32") -> dict
         if taken := sorted(set(stages) & set(modules)):
             raise ExportError(f"{path} has the stages of another weights file ({taken[0]}): export them apart")
         modules |= stages
+        origins.append(
+            {"file": path.name, "sha256": sha256(path), "system": model.system, "config": asdict(model.config)}
+        )
         for flow in flows_of(stages):
             doors |= record(flow, eager_stages(model, size))
     flows = flows_of(modules)
@@ -89,7 +93,7 @@ def export(weights: list[Path], out: Path, precision: Precision = "f32") -> dict
         "flows": [flow.name for flow in flows],
         "precision": precision,
         "image_size": image_size,
-        "weights": [{"file": path.name, "sha256": sha256(path)} for path in weights],
+        "weights": origins,
         "versions": versions(),
         "stages": {name: door.describe(STAGES[name]) for name, door in doors.items()},
     }

@@ -2,9 +2,9 @@
 
 from typing import Literal, get_args
 
-Precision = Literal["f32", "bf16", "f16"]
+Precision = Literal["f32", "bf16"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
-CAPABILITIES = {"f32": "FP32", "bf16": "BF16", "f16": "FP16"}  # OpenVINO's names
+CAPABILITIES = {"f32": "FP32", "bf16": "BF16"}  # OpenVINO's names
 
 
 def effective_precision(wanted: Precision) -> Precision:

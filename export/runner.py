@@ -13,10 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from scaphoid.export.artefacts import OPS_LIBRARY, ManifestError, verify
+from scaphoid.trainer.checkpoint import load_model
 from scaphoid.trainer.contracts import ENCODED, STAGES, Stage
 from scaphoid.trainer.data.guard import RejectedImage
 from scaphoid.trainer.data.pipeline import Decoder, decode_batch
 from scaphoid.trainer.flows import FLOWS, Flow
+from scaphoid.trainer.models.kalm import Kalm
+from scaphoid.trainer.models.msfm import Msfm
+from scaphoid.trainer.models.plain import Plain
 
 PREPROCESS_BATCH = 8  # images that an exported pipeline decodes at once; at least the server's max_batch_size
 
@@ -30,6 +34,14 @@ def run(
     that the flow does not have, RejectedImage for the first image that cannot be decoded."""
     with torch.inference_mode():
         return flow.run(stages, {ENCODED.name: list(encoded)}, wanted)
+
+
+def load_served(path: Path) -> Kalm | Msfm:
+    """The model of a weights file, in eval mode. Raises ValueError when it does not load, or when no flow serves it."""
+    model = load_model(path)
+    if isinstance(model, Plain):
+        raise ValueError(f"{path} is a plain classifier, which no flow serves; train msfm or kalm from it with --start")
+    return model
 
 
 def eager_stages(model: nn.Module, image_size: int) -> dict[str, StageFunction]:

@@ -30,8 +30,9 @@ def key_area_box(
     Returns:
         `Tensor[B, 4]`, boxes `(x0, y0, x1, y1)` in pixels, half-open, within the image; the whole image, without a
         gradient, where the map, or a layer's answer on it, is not finite.
-        `Tensor[B]`, margin: largest less second largest value of a scaled marginal, the smaller of both axes; 0 where a
-        marginal is constant or not finite.
+        `Tensor[B]`, margin: largest less second largest sum of an axis (not scaled), over `max|activation|` times the
+        number of cells summed, the smaller of both axes; 0 for an axis of equal sums or of one cell, and where the box
+        is the whole image for want of finite values.
 
     The boxes are differentiable in the weights and biases: also where the centre was moved, which then depends on the
     size. The map gets no gradient: the argmax has none, and KALM trains this with its encoder frozen. Raises
@@ -123,9 +124,11 @@ def key_area_box_reference(
     boxes = torch.stack((x0, y0, x1, y1), 1)
     defined = ~torch.isnan(boxes).any(1)
     boxes = torch.where(defined[:, None], boxes, boxes.new_tensor([0.0, 0.0, width, height]))
-    margins = []
-    for scaled in (across, down):
-        two = torch.nn.functional.pad(scaled, (0, 1)).topk(2, 1).values
-        margins.append(two[:, 0] - two[:, 1])
-    margin = torch.where(defined, torch.minimum(*margins), 0.0)
+    leads = []
+    for dim in (1, 2):
+        means = activation.double().mean(dim)
+        best = means.topk(min(2, means.shape[1]), 1).values
+        leads.append(best[:, 0] - best[:, -1])
+    largest = activation.double().abs().amax((1, 2))
+    margin = torch.where(defined & (largest > 0), torch.minimum(*leads) / largest, 0.0)
     return boxes.to(activation.dtype), margin.to(activation.dtype)

@@ -33,8 +33,9 @@ def part_windows(
     Returns:
         `Tensor[B, n, 4]`, boxes `(x0, y0, x1, y1)` in pixels, group after group in order of choice.
         `Tensor[B, n]`, scores.
-        `Tensor[B]`, margin: over all picks, the smallest gap between the picked score and the best other one then
-        available, relative to `max|activation|`; 0 for a constant map, 1 where no pick had a rival.
+        `Tensor[B]`, margin: the smaller of two gaps, relative to `max|activation|`: over all picks, between the picked
+        score and the best other one then available; over all groups, between the scores of two kept windows whose
+        boxes differ (`map_boxes` ranks them, eq. 11). 0 for a constant map, 1 where no score had a rival.
         A map with a cell that is not finite: `n` times the whole image, scores 0, margin 0.
 
     No gradient. Raises RuntimeError that names the argument, what was expected and what came.
@@ -111,6 +112,9 @@ def part_windows_reference(
             boxes[b, kept : kept + count] = box_of_cells(windows[picks], h, w, height, width)
             scores[b, kept : kept + count] = group_scores[picks]
             kept, first, gap = kept + count, first + size, min(gap, group_gap)
+        differ = (boxes[b, :, None] != boxes[b]).any(-1)
+        differences = (scores[b, :, None].double() - scores[b].double()).abs()[differ]
+        gap = min([gap, *differences.tolist()])
         if activation[b].min() < activation[b].max():
             margin[b] = 1.0 if gap == float("inf") else gap / float(activation[b].abs().max())
     return boxes, scores, margin

@@ -60,7 +60,9 @@ PART_SCORES = Tensor("part_scores", "FP32", (WINDOWS,), "mean activation inside 
 PART_IMAGES = Tensor(
     "part_images", "UINT8", (WINDOWS, 1, "part_height", "part_width"), "the windows, cropped from `object_image`"
 )
-PART_MARGIN = Tensor("part_margin", "FP32", (1,), "relative distance of the window choices from flipping")
+PART_MARGIN = Tensor(
+    "part_margin", "FP32", (1,), "relative distance of the window choices and their ranking from flipping"
+)
 PARTS_LOGITS = Tensor("parts_logits", "FP32", (WINDOWS, CLASSES), "logits of every window")
 
 KEY_BOX = Tensor("key_box", "FP32", (4,), "key area, in pixels of `image`")
@@ -89,7 +91,12 @@ WINDOW_BOXES = Tensor(
     "window_boxes", "FP32", (WINDOWS, 4), "every window, in pixels of the original radiograph, in order of choice"
 )
 WINDOW_SCORES = Tensor("window_scores", "FP32", (WINDOWS,), "mean activation of every window")
-MARGIN = Tensor("margin", "FP32", (1,), "smallest relative distance of any hard decision from flipping")
+MARGIN = Tensor(
+    "margin",
+    "FP32",
+    (1,),
+    "smallest relative distance of any hard decision from flipping, except FMA's pixel threshold",
+)
 
 MAPS = (LOGITS, ACTIVATION, CLASS_ACTIVATION)
 

@@ -140,7 +140,7 @@ def evaluate(
     """The whole report, as nested dicts with an `Estimate` at every leaf that is a metric.
 
     `threshold` defaults to the one that the predictions were judged by, `map_size` is (rows, columns) of the
-    activation map of the run (default: 14 x 14 for MSFM, 7 x 7 for KALM, as in the papers). `twins` are predictions
+    activation map of the run; without it there is no oracle. `twins` are predictions
     of the same radiographs with the lesion removed; `beside` those of other methods, by name. Raises ValueError when
     no record is in the index or the records come from several flows.
     """
@@ -249,12 +249,13 @@ def _oracles(
     cases: Sequence[Case], flow: str, map_size: tuple[int, int] | None, boxes: NDArray, sizes: NDArray
 ) -> dict[str, NDArray]:
     lesions = [case.radiograph.boxes for case in cases]
+    if map_size is None:  # what a method can form at all depends on it
+        return {}
     if flow == "kalm":
         extents = boxes[:, 2:] - boxes[:, :2]
-        return {"oracle": key_area_oracle(lesions, sizes, map_size or (7, 7), extents)}
+        return {"oracle": key_area_oracle(lesions, sizes, map_size, extents)}
     from scaphoid.trainer.stages.part_crops import KEPT, window_groups  # imports torch
 
-    map_size = map_size or (14, 14)
     groups = window_groups(*map_size)
     main_boxes = np.array([case.main_box for case in cases], np.float64)
     return {
@@ -298,7 +299,7 @@ class Options:
         out: folder for evaluation.json, roc.png, calibration.png and pcl_by_size.png.
         json: print the report as JSON instead of tables.
         threshold: probability from which an image or study is called abnormal (default: the predictions' own).
-        map_size: rows and columns of the run's activation map, for the oracle (default: 14 14 for MSFM, 7 7 for KALM).
+        map_size: rows and columns of the run's activation map, as the manifest has them; no oracle without.
         twins: predictions of the same radiographs with the lesion removed.
         beside: predictions of other methods (a parameter-randomised model, a baseline), named by their file.
     """

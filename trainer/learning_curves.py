@@ -18,8 +18,10 @@ from scaphoid.trainer.data.phantom.generate import GENERATOR_VERSION, TEST, gene
 from scaphoid.trainer.data.pipeline import load_images
 from scaphoid.trainer.figures import learning_curves
 from scaphoid.trainer.metrics import Estimate, classification_metrics
+from scaphoid.trainer.models.msfm import MsfmConfig
 
 BATCH = 16
+IMAGE_SIZE = MsfmConfig.image_size
 # Run and probability -> the curve's name.
 CURVES = {
     ("plain", "probability"): "plain classifier",
@@ -55,7 +57,7 @@ def main(runs: Path = Path("runs"), out: Path = Path("trainer/weights")) -> None
     index = read_index(test)
     labels = [radiograph.label for radiograph in index.radiographs]
     patients = [radiograph.patient for radiograph in index.radiographs]
-    images, _ = load_images([index.path(radiograph) for radiograph in index.radiographs], 448)
+    images, _ = load_images([index.path(radiograph) for radiograph in index.radiographs], IMAGE_SIZE)
     curves: dict[str, list[tuple[int, Estimate]]] = {}
     for weights in track(sorted(runs.glob("images_*/*/best.safetensors")), "evaluating runs"):
         found = probabilities(weights, images)

@@ -27,6 +27,11 @@ from scaphoid.trainer.data.pipeline import load_images
 from scaphoid.trainer.losses import body_part_weights, image_weights, stage_loss
 from scaphoid.trainer.metrics import classification_metrics
 
+SUMMARIES = {
+    "plain": "a plain classifier: the baseline, and what MSFM starts from",
+    "kalm": "KALM, with the paper's settings",
+    "msfm": "MSFM, with the paper's settings",
+}
 console = Console(stderr=True)
 
 
@@ -41,7 +46,7 @@ class Split:
 
 def main() -> None:
     configs = {
-        system: (f"{system}, with the paper's settings", TrainConfig(tyro.MISSING, tyro.MISSING, model, schedule))
+        system: (SUMMARIES[system], TrainConfig(tyro.MISSING, tyro.MISSING, model, schedule))
         for system, (model, schedule) in PAPER.items()
     }
     config = tyro.extras.overridable_config_cli(configs, description=__doc__)
@@ -58,7 +63,7 @@ def train(config: TrainConfig) -> Path:
     if len(config.schedule.epochs) != len(model.phases):
         raise ValueError(f"schedule.epochs: {model.system} has the phases {model.phases}, got {config.schedule.epochs}")
     open_run(config)
-    model.to(config.device, memory_format=torch.channels_last)
+    model.to(memory_format=torch.channels_last)
     training, validation = load_splits(config)
     done = resume(config, model)
     for number, phase in enumerate(model.phases):
@@ -87,7 +92,8 @@ def open_run(config: TrainConfig) -> None:
 
 def create_model(config: TrainConfig) -> Model:
     system = next(name for name, (_, kind) in SYSTEMS.items() if isinstance(config.model, kind))
-    model = SYSTEMS[system][0](config.model, pretrained=config.pretrained)
+    replaced = config.start is not None and not getattr(config.model, "fma", False)  # no download for nothing
+    model = SYSTEMS[system][0](config.model, pretrained=config.pretrained and not replaced)
     if config.start is not None:
         start = load_model(config.start)
         if start.system != "plain" or start.config.backbone != config.model.backbone:
@@ -102,7 +108,11 @@ def create_model(config: TrainConfig) -> Model:
 
 def load_splits(config: TrainConfig) -> tuple[Split, Split]:
     """Training and validation radiographs, patient-disjoint, decoded by the pipeline that serves them later."""
-    index = read_index(config.index).where(split="train")
+    whole = read_index(config.index)
+    index = whole.where(split="train")
+    if not len(index):
+        splits = sorted({radiograph.split for radiograph in whole.radiographs})
+        raise ValueError(f"index: {config.index} has no radiograph of the split 'train'; it has {', '.join(splits)}")
     training, validation = split_by_patient(index, config.validation, config.seed)
     if config.images is not None and config.images > len(training):
         raise ValueError(f"images: expected at most {len(training)}, all but the validation's, got {config.images}")
@@ -123,7 +133,7 @@ def resume(config: TrainConfig, model: Model) -> dict:
     path = config.out / "last.pt"
     if not path.exists():
         return {"phase": 0, "epoch": 0, "best": -1.0}
-    state = torch.load(path, map_location=config.device, weights_only=True)
+    state = torch.load(path, map_location="cpu", weights_only=True)
     model.load_state_dict(state["model"])
     return {**state["done"], "optimizer": state["optimizer"]}
 
@@ -151,8 +161,6 @@ def run_phase(config: TrainConfig, model: Model, number: int, training: Split, v
         loss = run_epoch(config, model, phase, epoch, training, optimizer)
         scores = validate(config, model, phase, validation)
         record = {"phase": phase, "epoch": epoch + 1, "loss": loss, **scores, "seconds": time.time() - started}
-        if phase == "local":
-            record["key_area_half_extents"] = model.key_area_crop.resting_extents()
         if scores["accuracy"] > best:
             best = scores["accuracy"]
             save_model(best_path(config, phase), model)
@@ -181,10 +189,10 @@ def run_epoch(
             image = torch.from_numpy(training.images[chosen.numpy()])
             if config.schedule.augment:
                 image = flip(image, generator)
-            image = suppress(model, image.to(config.device))
+            image = suppress(model, image)
             if config.schedule.augment:
                 image = jitter(image, generator)
-            labels, weights = training.labels[chosen].to(config.device), training.weights[chosen].to(config.device)
+            labels, weights = training.labels[chosen], training.weights[chosen]
             terms = model.training_logits(phase, image)
             loss = torch.stack([stage_loss(logits, labels, weights, config.schedule.loss) for logits in terms]).sum()
             if not torch.isfinite(loss):
@@ -222,16 +230,20 @@ def jitter(image: Tensor, generator: torch.Generator, strength: float = 0.2) -> 
 
 @torch.inference_mode()
 def validate(config: TrainConfig, model: Model, phase: str, validation: Split) -> dict[str, float]:
-    """Accuracy and AUROC of every probability that the phase gives; `accuracy` and `auroc` are of the final one."""
+    """Accuracy and AUROC of every probability that the phase gives (`accuracy` and `auroc` are of the final one), and
+    the mean of anything else that it tells, such as KALM's w and h."""
     model.eval()
     batches = [
-        model.probabilities(phase, torch.from_numpy(images).to(config.device))
+        model.probabilities(phase, torch.from_numpy(images))
         for images in np.array_split(validation.images, max(1, len(validation.images) // config.schedule.batch))
     ]
     scores = {}
     for name in batches[0]:
-        probability = torch.cat([batch[name] for batch in batches]).squeeze(1).cpu().numpy()
-        metrics = classification_metrics(validation.labels.numpy(), probability, resamples=0)
+        values = torch.cat([batch[name] for batch in batches]).squeeze(1).numpy()
+        if "probability" not in name:
+            scores[name] = float(values.mean())
+            continue
+        metrics = classification_metrics(validation.labels.numpy(), values, resamples=0)
         prefix = "" if name == "probability" else name.removesuffix("_probability") + "_"
         scores |= {f"{prefix}{metric}": float(metrics[metric].value) for metric in ("accuracy", "auroc")}
     return scores

@@ -5,9 +5,10 @@ manifest.
 
 What the configurations leave open is filled in from the artefacts: image and map sizes (so that the server itself
 rejects a tensor of another size, and because the vendor's openvino backend takes no open dim where the engine has a
-number), and the engines' precision.
+number), the engines' precision, and in every flow a hash of the weights: a retrained model has version 1 again.
 """
 
+import hashlib
 import shutil
 import sys
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from google.protobuf import text_format
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 
 from scaphoid.export.artefacts import MANIFEST, OPS_LIBRARY, ManifestError, verify, write_manifest
-from scaphoid.triton_repo.configs import CONFIG, PRECISION, ConfigError, check
+from scaphoid.triton_repo.configs import CONFIG, PRECISION, WEIGHTS, ConfigError, check
 
 CONFIGS = Path(__file__).parent / "cpu"
 VERSION = "1"
@@ -47,6 +48,7 @@ def assemble(artefacts: Path, repository: Path, configs: Path = CONFIGS) -> dict
         if versions != {int(VERSION)}:
             raise ConfigError(f"{configs / flow / CONFIG}: steps pin versions {versions}, assembled is {VERSION}")
         (partial / flow / VERSION).mkdir(parents=True)
+        config.parameters[WEIGHTS].string_value = weights_hash(manifest)
         # Triton wants the folder; a file keeps it through copies and archives that drop empty folders
         (partial / flow / VERSION / ".keep").touch()
         _write(config, configs, partial)
@@ -67,6 +69,11 @@ def fill(config: ModelConfig, stage: dict, precision: str) -> None:
         config.parameters[PRECISION].string_value = precision
         if precision == "bf16":
             config.parameters["HINT_BF16"].string_value = "YES"  # what the vendor's backend reads
+
+
+def weights_hash(manifest: dict) -> str:
+    """Eight hexadecimal digits that differ whenever any weights file behind the artefacts does."""
+    return hashlib.sha256("".join(each["sha256"] for each in manifest["weights"]).encode()).hexdigest()[:8]
 
 
 def _write(config: ModelConfig, configs: Path, repository: Path) -> None:

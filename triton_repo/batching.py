@@ -17,7 +17,8 @@ def answer_all(requests: Sequence, inputs: Sequence[str], run: Run) -> list:
     name.
 
     The server hands over requests whose tensors have equal shapes, so they run as one batch. If that fails, each runs
-    alone, and only those that fail again are answered with an error.
+    alone, and only those that fail again are answered with an error: INTERNAL, for an engine that fails says nothing
+    against the image.
     """
     import triton_python_backend_utils as pb_utils
 
@@ -33,7 +34,7 @@ def answer_all(requests: Sequence, inputs: Sequence[str], run: Run) -> list:
         if isinstance(part, Exception):
             message = str(part).strip().splitlines()[-1] if str(part).strip() else type(part).__name__
             responses.append(
-                pb_utils.InferenceResponse(error=pb_utils.TritonError(message, pb_utils.TritonError.INVALID_ARG))
+                pb_utils.InferenceResponse(error=pb_utils.TritonError(message, pb_utils.TritonError.INTERNAL))
             )
         else:
             wanted = request.requested_output_names()

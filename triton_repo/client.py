@@ -4,6 +4,7 @@ Needs numpy and tritonclient only, so a workstation without torch can ask a serv
 wiring table; the server skips every step whose outputs are not asked for, so asking for less costs less.
 """
 
+import asyncio
 from collections.abc import Sequence
 
 import grpc
@@ -13,6 +14,7 @@ from tritonclient.utils import InferenceServerException
 
 from scaphoid.trainer.contracts import ENCODED
 from scaphoid.trainer.flows import FLOWS
+from scaphoid.triton_repo.configs import WEIGHTS
 
 PARTS_OUTPUTS = ("parts_probability", "probability_with_parts")
 PROBE_TIMEOUT_S = 5.0
@@ -43,19 +45,24 @@ class FlowClient:
 
     `url` is host:port of the server's gRPC endpoint, `outputs` the flow's outputs to ask for, `version` the model
     version (empty: the newest that the server has loaded when `connect` is called), `timeout_s` the limit of each
-    request.
+    request. Once connected, the attribute `version` names the weights too, `1@3f2a9c1b`: a repository assembled anew
+    from other weights has version 1 again.
     """
 
     def __init__(self, url: str, flow: str, outputs: Sequence[str], version: str = "", timeout_s: float = 60.0) -> None:
         self.url, self.flow, self.version, self.timeout_s = url, flow, version, timeout_s
+        self._model_version = version
         self._outputs = tuple(outputs)
         self._requested = [triton.InferRequestedOutput(name) for name in self._outputs]
+        self._in_flight: set[asyncio.Future] = set()
 
     async def __aenter__(self) -> "FlowClient":
         self._server = triton.InferenceServerClient(self.url)
         return self
 
     async def __aexit__(self, *_: object) -> None:
+        if self._in_flight:
+            await asyncio.wait(self._in_flight, timeout=self.timeout_s)
         await self._server.close()
 
     async def connect(self) -> str:
@@ -74,9 +81,11 @@ class FlowClient:
                 "or name another with --url HOST:PORT (the gRPC port, 8001 by default)"
             ) from error
         try:
-            model = await self._server.get_model_metadata(self.flow, self.version, client_timeout=PROBE_TIMEOUT_S)
+            asked = (self.flow, self._model_version)
+            model = await self._server.get_model_metadata(*asked, client_timeout=PROBE_TIMEOUT_S)
+            answer = await self._server.get_model_config(*asked, client_timeout=PROBE_TIMEOUT_S)
         except (InferenceServerException, grpc.RpcError) as error:
-            wanted = self.flow + (f" version {self.version}" if self.version else "")
+            wanted = self.flow + (f" version {self._model_version}" if self._model_version else "")
             raise ServerUnavailable(
                 f"the server at {self.url} does not serve flow {wanted} ({_reason(error)})"
             ) from error
@@ -85,7 +94,9 @@ class FlowClient:
                 f"flow {self.flow} at {self.url} has no output {', '.join(sorted(missing))}: "
                 "server and client are of different releases"
             )
-        self.version = self.version or max(model.versions, key=int, default="")
+        self._model_version = self._model_version or max(model.versions, key=int, default="")
+        weights = answer.config.parameters[WEIGHTS].string_value
+        self.version = f"{self._model_version}@{weights}" if weights else self._model_version
         return self.version
 
     async def is_live(self) -> bool:
@@ -102,16 +113,27 @@ class FlowClient:
         """
         tensor = triton.InferInput(ENCODED.name, [1, len(encoded)], ENCODED.dtype)
         tensor.set_data_from_numpy(np.frombuffer(encoded, np.uint8)[None])
+        call = self._server.infer(self.flow, [tensor], self._model_version, outputs=self._requested)
+        # Never cancelled, not by Ctrl-C and not by the time limit: that crashes the wheel's Triton (core 2.51), for
+        # every client. Leaving the client waits for what is in flight.
+        request = asyncio.ensure_future(call)
+        self._in_flight.add(request)
+        request.add_done_callback(self._settled)
+        if not (await asyncio.wait({request}, timeout=self.timeout_s))[0]:
+            raise RequestFailed(f"no answer within {self.timeout_s:g} s")
         try:
-            result = await self._server.infer(
-                self.flow, [tensor], self.version, outputs=self._requested, client_timeout=self.timeout_s
-            )
+            result = request.result()
         except (InferenceServerException, grpc.RpcError) as error:
             raise await self._classified(error) from error
         answered = {name: result.as_numpy(name) for name in self._outputs}
         if absent := [name for name, value in answered.items() if value is None or value.shape[:1] != (1,)]:
             raise RequestFailed(f"the server's answer lacks {', '.join(absent)} for one image")
         return {name: value[0] for name, value in answered.items()}
+
+    def _settled(self, request: asyncio.Future) -> None:
+        self._in_flight.discard(request)
+        if not request.cancelled():
+            request.exception()  # looked at, so that asyncio does not complain of a request that came too late
 
     async def _classified(self, error: InferenceServerException | grpc.RpcError) -> Exception:
         """INVALID_ARGUMENT is the image's fault; anything else is a passing failure while the server lives (UNAVAILABLE

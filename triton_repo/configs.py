@@ -16,6 +16,7 @@ from scaphoid.trainer.flows import FLOWS, Flow
 BACKENDS = {"preprocess": "dali", "encoder": "openvino", "glue": "pytorch"}
 CONFIG = "config.pbtxt"
 PRECISION = "INFERENCE_PRECISION_HINT"
+WEIGHTS = "weights"  # parameter of an assembled flow: which weights it runs on
 
 
 class ConfigError(Exception):

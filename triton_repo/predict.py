@@ -80,8 +80,8 @@ class Options:
     report: bool = True
     """Write report.html: one file, readable offline."""
     resume: bool = True
-    """Take over what an earlier run into --out has finished, as long as file, flow, version and parts are the same.
-    --no-resume predicts everything anew: after the weights behind a version were replaced, for instance."""
+    """Take over what an earlier run into --out has finished, as long as file, flow, version, weights and parts are the
+    same. --no-resume predicts everything anew."""
     concurrency: Annotated[int, tyro.conf.arg(aliases=["-j"])] = 8
     """Requests in flight at once, one image each."""
     timeout_s: float = 60.0

@@ -20,6 +20,7 @@ import sysconfig
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from http.client import HTTPConnection, HTTPException
@@ -34,10 +35,13 @@ START_TIMEOUT_S = 120.0
 CANARY_TIMEOUT_S = 20.0
 DRAIN_S = 10  # for requests in flight; a model whose process died would make Triton wait its default 30 s
 STOP_TIMEOUT_S = 30.0  # Triton's own exit takes up to 7 s on an idle machine
+UNAVAILABLE = 503  # a full queue
 RESTRICTED = "model-repository,shared-memory,trace,logging"
 KEY_HEADER = "scaphoid-key"
 SHARED_MEMORY = Path("/dev/shm")
 BACKENDS = Path(__file__).parent / "backends"
+FOLDER_PREFIX = ".scaphoid-server-"  # then the supervisor's PID
+MARKER = "made-by-scaphoid-server"
 # Ends the server when the supervisor's thread that started it ends, however it ends (PR_SET_PDEATHSIG, SIGTERM).
 DIE_WITH_PARENT = "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 15); os.execv(sys.argv[1], sys.argv[1:])"
 
@@ -46,6 +50,10 @@ Report = Callable[[str], None]
 
 class ServerError(Exception):
     """The server cannot be started or does not answer. One line: what is wrong and what to do."""
+
+
+class CanaryLate(ServerError):
+    """A flow did not answer its canary in time: it hangs, or it is busy."""
 
 
 class Server:
@@ -58,7 +66,7 @@ class Server:
         self.repository, self.flows, self.host, self.ports, self.report = repository, tuple(flows), host, ports, report
         self.http_url, self.grpc_url, self.metrics_url = (f"{host}:{port}" for port in ports)
         self._key = secrets.token_urlsafe(24)
-        self._prefix = f"scaphoid-{os.getpid()}-{ports[0]}-"
+        self._prefix = f"scaphoid-server-{os.getpid()}-{ports[0]}-"
         self.start_s = math.nan
         self._folder: Path | None = None
         self._binary: Path | None = None
@@ -74,8 +82,9 @@ class Server:
         for port in self.ports:
             check_port(self.host, port)
         remove_leftovers(Path(tempfile.gettempdir()))
-        self._folder = Path(tempfile.mkdtemp(prefix=self._prefix))
+        self._folder = Path(tempfile.mkdtemp(prefix=f"{FOLDER_PREFIX}{os.getpid()}-"))
         try:
+            (self._folder / MARKER).touch()
             self._binary = install_backends(self._folder / "backends")
             self._launch()
             self._await_answers(began + START_TIMEOUT_S)
@@ -118,8 +127,8 @@ class Server:
                     self.canary(waiting[0])
                     waiting.pop(0)
                     continue
-            except OSError:
-                pass  # not listening yet
+            except (OSError, CanaryLate):
+                pass  # not listening yet, or slow to begin
             time.sleep(0.1)
 
     def _log_errors(self) -> str:
@@ -149,16 +158,20 @@ class Server:
             connection.close()
 
     def canary(self, flow: str) -> None:
-        """One inference through every stage of `flow`. Raises ServerError unless every output comes back finite."""
+        """One inference through every stage of `flow`. Raises ServerError unless every output comes back finite,
+        CanaryLate when nothing comes back in time or the queue is full."""
         outputs = FLOWS[flow].outputs
         encoded = {"name": ENCODED.name, "shape": [1, len(CANARY)], "datatype": ENCODED.dtype, "data": list(CANARY)}
         body = {"inputs": [encoded], "outputs": [{"name": name} for name in outputs]}
         try:
-            status, answer = self._request("POST", f"/v2/models/{flow}/infer", body)
+            status, answer = self._request("POST", f"/v2/models/{flow}/infer", body, CANARY_TIMEOUT_S)
+        except TimeoutError:
+            raise CanaryLate(f"flow {flow} did not answer within {CANARY_TIMEOUT_S:g} s") from None
         except OSError as error:
             raise ServerError(f"flow {flow} does not answer: {error}") from None
         if status != 200:
-            raise ServerError(f"flow {flow} answers with an error: {answer.get('error', f'HTTP status {status}')}")
+            kind = CanaryLate if status == UNAVAILABLE else ServerError
+            raise kind(f"flow {flow} answers with an error: {answer.get('error', f'HTTP status {status}')}")
         values = {output["name"]: output["data"] for output in answer["outputs"]}
         if bad := [name for name in outputs if not values.get(name) or not all(map(math.isfinite, values[name]))]:
             raise ServerError(f"flow {flow} answers without a finite {', '.join(bad)}")
@@ -166,18 +179,39 @@ class Server:
     def watch(self, stop: threading.Event, interval_s: float) -> None:
         """Send canaries every `interval_s` seconds until `stop` is set, and recover from what they find. A process that
         it starts anew ends with the thread that runs this."""
+        answered = Counter()  # successes of each flow up to its previous check
         while not stop.wait(interval_s):
             try:
                 for flow in self.flows:
-                    self.canary(flow)
+                    answered[flow] = self._check(flow, answered[flow])
             except ServerError as error:
                 self.report(f"{error}; recovering")
                 began = time.monotonic()
+                answered.clear()
                 try:
                     self._recover()
                     self.report(f"recovered in {time.monotonic() - began:.1f} s")
                 except (ServerError, OSError) as failure:
                     self.report(f"not recovered, trying again in {interval_s:g} s: {failure}")
+
+    def _check(self, flow: str, answered: int) -> int:
+        """The flow's count of successes now. A late canary is no fault while others are `answered`: it waits behind
+        them in the queue. Raises ServerError."""
+        try:
+            self.canary(flow)
+        except CanaryLate:
+            if (now := self._successes(flow)) <= answered:
+                raise
+            return now
+        return self._successes(flow)
+
+    def _successes(self, flow: str) -> int:
+        """Requests that `flow` has answered since the process started; 0 when the server does not tell."""
+        try:
+            versions = self._request("GET", f"/v2/models/{flow}/stats")[1].get("model_stats", [])
+        except OSError:
+            return 0
+        return sum(version["inference_stats"]["success"]["count"] for version in versions)
 
     def _recover(self) -> None:
         """Start the process anew. Unloading is no way out: it waits for ever for the model whose process died."""
@@ -265,11 +299,13 @@ def install_backends(folder: Path) -> Path:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what supervisors that were killed left in `folder`: theirs begins with scaphoid-PID-."""
-    for left in folder.glob("scaphoid-*-*"):
-        pid = left.name.split("-")[1]
-        if pid.isdigit() and not Path("/proc", pid).exists():
-            shutil.rmtree(left, ignore_errors=True)
+    """Remove what this user's supervisors that were killed left in `folder`: marked folders whose PID is gone."""
+    for left in folder.glob(f"{FOLDER_PREFIX}*"):
+        pid = left.name.removeprefix(FOLDER_PREFIX).partition("-")[0]
+        with suppress(OSError):  # another supervisor removes it at this moment
+            ours = left.lstat().st_uid == os.getuid() and (left / MARKER).is_file()
+            if ours and pid.isdigit() and not Path("/proc", pid).exists():
+                shutil.rmtree(left, ignore_errors=True)
 
 
 def check_port(host: str, port: int) -> None:

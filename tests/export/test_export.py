@@ -20,6 +20,7 @@ from scaphoid.trainer.checkpoint import save_model  # noqa: E402
 from scaphoid.trainer.contracts import STAGES  # noqa: E402
 from scaphoid.trainer.flows import FLOWS  # noqa: E402
 from scaphoid.trainer.models.kalm import Kalm, KalmConfig  # noqa: E402
+from scaphoid.trainer.models.plain import Plain, PlainConfig  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -86,6 +87,15 @@ def test_f32_is_everywhere_and_others_fall_back_to_it():
     assert all(effective_precision(precision) in (precision, "f32") for precision in PRECISIONS)
 
 
+def test_a_plain_classifier_is_refused_with_the_way_on(tmp_path):
+    weights = tmp_path / "plain.safetensors"
+    save_model(weights, Plain(PlainConfig("test_resnet", image_size=64)))
+    with pytest.raises(ValueError, match=r"plain\.safetensors is a plain classifier.*--start"):
+        export([weights], tmp_path / "artefacts")
+    with pytest.raises(ValueError, match="plain classifier"):
+        eager_answers(weights, FLOWS["kalm"])
+
+
 def png(seed: int) -> bytes:
     small = Image.fromarray(np.random.default_rng(seed).integers(0, 256, (9, 8), dtype=np.uint8))
     file = io.BytesIO()
@@ -103,6 +113,8 @@ def test_kalm_from_weights_to_answers(tmp_path):
     assert manifest["flows"] == ["kalm"]
     assert {f"global_encoder/model.{end}" for end in ("xml", "bin")} < set(manifest["files"])
     assert {"preprocess/model.dali", "key_area_crop/model.pt", OPS_LIBRARY} < set(manifest["files"])
+    (origin,) = manifest["weights"]
+    assert (origin["system"], origin["config"]["key_size"]) == ("kalm", 96)
     assert manifest["stages"]["key_area_crop"]["outputs"][1]["dims"] == [1, 96, 96]
 
     images = []

@@ -62,7 +62,16 @@ def test_centre_is_the_middle_of_the_peak_cell():
     boxes, margin = key_area_box(activation, *layers, 448, 448)
     x, y = 2.5 * 64, 3.5 * 64
     torch.testing.assert_close(boxes, torch.tensor([[x - 44.8, y - 89.6, x + 44.8, y + 89.6]]))
-    assert margin.tolist() == [1]
+    torch.testing.assert_close(margin, torch.tensor([1 / 7]))
+
+
+def test_margin_is_relative_to_the_maps_maximum_and_the_smaller_of_both_axes():
+    """Column sums 4, 9, 5 of 2 cells; row sums 8, 10 of 3 cells: the range of the sums plays no part."""
+    activation = torch.tensor([[2.0, 1.0, 5.0], [2.0, 8.0, 0.0]])
+    layers = torch.zeros(3), torch.zeros(1), torch.zeros(2), torch.zeros(1)
+    expected = torch.tensor([2 / (3 * 8), 2 / (3 * 8), 1 / (3 * 108), 0.0])
+    maps = torch.stack((activation, activation * 5, activation / 2 + 104, torch.full((2, 3), 7.0)))
+    torch.testing.assert_close(key_area_box(maps, *layers, 20, 30)[1], expected)
 
 
 def test_ties_go_to_the_first_cell_and_have_margin_zero():

@@ -81,6 +81,19 @@ def test_margin_is_the_smallest_gap_to_a_rival():
     torch.testing.assert_close(margin, torch.tensor([0.1]))
 
 
+@pytest.mark.parametrize(
+    ("second_shape", "expected"),
+    [
+        pytest.param([1, 2], 2 / 8, id="scores 8 and 6 are nearer than either to its rival"),
+        pytest.param([1, 1], 4 / 8, id="the same window in both groups: no rank to decide"),
+    ],
+)
+def test_margin_covers_the_ranking_across_groups(second_shape, expected):
+    activation = torch.tensor([[[8.0, 4.0, 0.0, 0.0]]])
+    _, _, margin = part_windows(activation, 4, 4, [1, 1, *second_shape], [1, 1], [1, 1], 0.25)
+    torch.testing.assert_close(margin, torch.tensor([expected]))
+
+
 def test_a_pick_without_a_rival_decides_nothing():
     boxes, scores, margin = part_windows(torch.tensor([[[1.0, 2.0]]]), 10, 10, [1, 2], [1], [3], 0.25)
     assert boxes[0].tolist() == [[0, 0, 10, 10]] * 3

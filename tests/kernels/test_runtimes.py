@@ -74,6 +74,11 @@ def test_opcheck(op, arguments):
     torch.library.opcheck(op, arguments)
 
 
+def test_library_uses_the_stable_abi_alone():
+    audit = pytest.importorskip("torch_abi_audit.cli", reason="torch-abi-audit is not installed")
+    assert audit.main(["--check", "torch", str(library.path())]) == 0
+
+
 def test_torchscript(tmp_path):
     module, inputs = EveryOp().eval(), example()
     script = torch.jit.script(module)

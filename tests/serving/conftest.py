@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from tritonclient.grpc import service_pb2, service_pb2_grpc
+from tritonclient.grpc.model_config_pb2 import ModelConfig, ModelParameter
 
 from scaphoid.trainer.flows import FLOWS
 
@@ -47,11 +48,13 @@ class FakeServer(service_pb2_grpc.GRPCInferenceServiceServicer):
     behave: Callable[[bytes, int], None] = lambda encoded, attempt: None
     ready: bool = True
     versions: tuple[str, ...] = ("1",)
+    weights: str = "3f2a9c1b"
     flows: dict[str, tuple[str, ...]] = field(
         default_factory=lambda: {name: flow.outputs for name, flow in FLOWS.items()}
     )
     sent: list[bytes] = field(default_factory=list)
     asked: list[tuple[str, ...]] = field(default_factory=list)
+    asked_version: list[str] = field(default_factory=list)
     alone: list[bool] = field(default_factory=list)
     most_in_flight: int = 0
     url: str = ""
@@ -83,6 +86,10 @@ class FakeServer(service_pb2_grpc.GRPCInferenceServiceServicer):
         ]
         return service_pb2.ModelMetadataResponse(name=request.name, versions=self.versions, outputs=outputs)
 
+    def ModelConfig(self, request, context):
+        parameters = {"weights": ModelParameter(string_value=self.weights)} if self.weights else {}
+        return service_pb2.ModelConfigResponse(config=ModelConfig(name=request.name, parameters=parameters))
+
     def ModelInfer(self, request, context):
         encoded = request.raw_input_contents[0]
         names = tuple(output.name for output in request.outputs)
@@ -91,6 +98,7 @@ class FakeServer(service_pb2_grpc.GRPCInferenceServiceServicer):
             self.most_in_flight = max(self.most_in_flight, self._in_flight)
             self.sent.append(encoded)
             self.asked.append(names)
+            self.asked_version.append(request.model_version)
             self.alone.append(self._in_flight == 1)
             attempt = self.sent.count(encoded)
         try:

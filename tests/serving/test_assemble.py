@@ -7,7 +7,7 @@ from scaphoid.export.artefacts import MANIFEST, OPS_LIBRARY, ManifestError, veri
 from scaphoid.trainer.contracts import STAGES
 from scaphoid.trainer.flows import FLOWS
 from scaphoid.triton_repo.assemble import CONFIGS, assemble
-from scaphoid.triton_repo.configs import CONFIG, ConfigError, check, read
+from scaphoid.triton_repo.configs import CONFIG, WEIGHTS, ConfigError, check, read
 
 SIZES = {"height": 230, "width": 230, "map_height": 8, "map_width": 9, "part_height": 115, "part_width": 115}
 SIZES |= {"key_height": 115, "key_width": 115, "bytes": 33}
@@ -17,7 +17,7 @@ def describe(tensors):
     return [{"name": t.name, "dtype": t.dtype, "dims": [SIZES.get(dim, dim) for dim in t.dims]} for t in tensors]
 
 
-def make_artefacts(folder, flows=("msfm", "msfm_fma", "kalm"), precision="f32"):
+def make_artefacts(folder, flows=("msfm", "msfm_fma", "kalm"), precision="f32", weights="ab12"):
     """Artefacts as scaphoid-export lays them out, with words for engines: assembling does not look inside."""
     stages = {}
     for name in {name for flow in flows for name in FLOWS[flow].stages}:
@@ -26,7 +26,8 @@ def make_artefacts(folder, flows=("msfm", "msfm_fma", "kalm"), precision="f32"):
         (folder / name / "model.bin").write_text(f"engine of {name}")
         stages[name] = {"kind": stage.kind, "inputs": describe(stage.inputs), "outputs": describe(stage.outputs)}
     (folder / OPS_LIBRARY).write_text("library")
-    write_manifest(folder, {"flows": list(flows), "precision": precision, "image_size": 230, "stages": stages})
+    content = {"flows": list(flows), "precision": precision, "image_size": 230, "stages": stages}
+    write_manifest(folder, content | {"weights": [{"file": "w.safetensors", "sha256": weights}]})
     return folder
 
 
@@ -62,6 +63,17 @@ def test_engines_get_the_precision_of_the_artefacts(tmp_path, precision):
         parameters = read(tmp_path / "repository" / name / CONFIG).parameters
         assert parameters["INFERENCE_PRECISION_HINT"].string_value == precision
         assert ("HINT_BF16" in parameters) == (precision == "bf16")
+
+
+def test_retrained_weights_show_in_every_flow(tmp_path):
+    found = []
+    for name, weights in (("first", "ab12"), ("again", "ab12"), ("retrained", "cd34")):
+        assemble(make_artefacts(tmp_path / name, weights=weights), tmp_path / "repository")
+        found.append(
+            {check(tmp_path / "repository" / flow / CONFIG).parameters[WEIGHTS].string_value for flow in FLOWS}
+        )
+    assert all(len(each) == 1 and len(*each) == 8 for each in found)
+    assert found[0] == found[1] != found[2]
 
 
 def test_one_flow_brings_its_models_only(tmp_path):

@@ -51,7 +51,7 @@ class Response:
 
 
 class Error(Exception):
-    INVALID_ARG = 3
+    INTERNAL = 1
 
     def __init__(self, message, code):
         super().__init__(message)
@@ -80,7 +80,7 @@ def test_a_bad_request_does_not_take_its_neighbours(triton):
     assert good.tensors[0][1].tolist() == [[2, 2]]
     assert also_good.tensors[0][1].tolist() == [[6, 6]]
     assert "negative pixel" in str(bad.error)
-    assert bad.error.code == Error.INVALID_ARG
+    assert bad.error.code == Error.INTERNAL  # the client tries again: the image may be sound
 
 
 def test_only_requested_outputs_are_sent(triton):

@@ -35,13 +35,18 @@ def test_outputs_come_without_the_batch_dimension(fake_server):
     np.testing.assert_array_equal(outputs["box"], np.array([4.5, 6.25, 40.0, 30.75], np.float32))
 
 
-def test_newest_version_is_numeric(fake_server):
+def test_newest_version_is_numeric_and_names_its_weights(fake_server):
     fake_server.versions = ("9", "10", "2")
 
     async def version():
         async with FlowClient(fake_server.url, "kalm", wanted_outputs("kalm", True)) as client:
-            return await client.connect()
+            await client.connect()
+            await client.predict(b"an image")
+            return client.version
 
+    assert asyncio.run(version()) == "10@3f2a9c1b"
+    assert fake_server.asked_version == ["10"]
+    fake_server.weights = ""  # a repository that assemble did not write
     assert asyncio.run(version()) == "10"
 
 

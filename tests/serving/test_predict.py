@@ -84,7 +84,7 @@ def test_kalm_has_a_key_area_and_no_windows(predict, radiographs, tmp_path):
 def test_requests_in_flight_are_bounded(predict, radiographs, fake_server, slow):
     fake_server.behave = slow(0.05)
     predict(radiographs, "--concurrency", "3")
-    assert fake_server.most_in_flight == 3
+    assert fake_server.most_in_flight <= 3
 
 
 def test_second_run_sends_nothing_and_repeats_no_line(predict, radiographs, fake_server, tmp_path):
@@ -104,7 +104,7 @@ def test_no_resume_predicts_anew_and_the_later_line_counts(predict, radiographs,
     assert len(read_predictions(tmp_path / "out/predictions.jsonl")) == 6
 
 
-@pytest.mark.parametrize("change", ["content", "version", "flow", "parts"])
+@pytest.mark.parametrize("change", ["content", "version", "weights", "flow", "parts"])
 def test_what_changed_is_predicted_again(predict, radiographs, fake_server, change):
     predict(radiographs, "--no-parts")
     if change == "content":
@@ -112,6 +112,8 @@ def test_what_changed_is_predicted_again(predict, radiographs, fake_server, chan
         Image.new("L", (70, 51), 99).save(path)
     if change == "version":
         fake_server.versions = ("1", "2")
+    if change == "weights":
+        fake_server.weights = "77aa00ff"
     predict(radiographs, *{"flow": ["--flow", "msfm_fma", "--no-parts"], "parts": []}.get(change, ["--no-parts"]))
     assert len(fake_server.sent) == (7 if change == "content" else 12)
 

@@ -74,7 +74,7 @@ def write(path: Path, records: Iterable[dict]) -> Path:
 
 def test_report_of_files_agrees_with_a_direct_computation(index: Index, tmp_path: Path) -> None:
     records = predictions(index)
-    report = evaluate(index, read_predictions(write(tmp_path / "p.jsonl", records)))
+    report = evaluate(index, read_predictions(write(tmp_path / "p.jsonl", records)), map_size=(14, 14))
     assert list(report["classification"]) == ["probability", "main_probability", "object_probability"]
     found = report["classification"]["main_probability"]
     labels, scores = [r.label for r in index.radiographs], [record["stages"]["main"] for record in records]
@@ -199,7 +199,18 @@ def test_command_writes_json_figures_and_tables(
     monkeypatch.setenv("COLUMNS", "100")
     path = write(tmp_path / "p.jsonl", predictions(index))
     out = tmp_path / "report"
-    arguments = [str(path), "--index", str(index.root), "--twins", str(path), "--beside", str(path)]
+    arguments = [
+        str(path),
+        "--index",
+        str(index.root),
+        "--twins",
+        str(path),
+        "--beside",
+        str(path),
+        "--map-size",
+        "14",
+        "14",
+    ]
     assert main([*arguments, "--out", str(out)]) == 0
     printed = capsys.readouterr().out
     assert all(word in printed for word in ("AUROC", "centre hit", "oracle", "hand", "mean of parts", "median drop"))

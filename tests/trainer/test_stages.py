@@ -138,14 +138,13 @@ def peak(row: int, column: int, side: int = 4) -> Tensor:
 
 def test_key_area_starts_at_its_initial_size():
     stage = KeyAreaCrop((4, 4), 8, initial_size=0.25)
-    assert stage.resting_extents() == pytest.approx((0.25, 0.25))
     image = radiographs(1, 1, 16, 16)
     box, crop, margin = stage(image, peak(1, 2))
     # Centre of cell (1, 2): x = 10, y = 6 of 16; half extents 0.25 * 8 pixels.
     torch.testing.assert_close(box, torch.tensor([[8.0, 4.0, 12.0, 8.0]]))
     assert crop.shape == (1, 1, 8, 8)
     assert crop[0, 0, 0, 0].item() == pytest.approx(image[0, 0, 4, 8].item(), abs=100)
-    assert margin.tolist() == [[1.0]]
+    assert margin.tolist() == [[0.25]]  # one peak among the four cells of each sum
     moved, _, _ = stage(image, peak(3, 0))  # centred in a corner cell: (2, 14), moved inside it stays
     torch.testing.assert_close(moved, torch.tensor([[0.0, 12.0, 4.0, 16.0]]))
 

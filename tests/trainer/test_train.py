@@ -106,8 +106,9 @@ def test_kalm_from_a_plain_classifier(config):
     (line,) = history(kalm)
     assert (line["phase"], line["epoch"]) == ("local", 1)
     assert {"accuracy", "global_accuracy", "local_accuracy", "auroc"} <= line.keys()
-    assert line["key_area_half_extents"] == pytest.approx([0.5, 0.5], abs=0.1)
-    assert line["key_area_half_extents"] != [0.5, 0.5]
+    extents = [line["key_area_width"], line["key_area_height"]]
+    assert extents == pytest.approx([0.5, 0.5], abs=0.1)
+    assert extents != [0.5, 0.5]
 
 
 @pytest.mark.parametrize("fma", [False, pytest.param(True, marks=pytest.mark.slow)])

@@ -77,10 +77,18 @@ def write_index(index: Index, path: Path | None = None) -> Path:
 
 
 def read_index(path: Path | str) -> Index:
-    """Reads an index file, or `index.csv` in a folder; image paths are relative to the file's folder."""
+    """Reads an index file, or `index.csv` in a folder; image paths are relative to the file's folder. Raises
+    InvalidIndexError or FileNotFoundError."""
     path = Path(path)
     if path.is_dir():
         path = path / FILE_NAME
+    try:
+        return _read(path)
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise InvalidIndexError(f"{path}: expected a CSV file in UTF-8 as write_index writes it: {error}") from error
+
+
+def _read(path: Path) -> Index:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such index; expected a CSV file with columns {', '.join(COLUMNS)}")
     with open(path, newline="", encoding="utf-8") as file:

@@ -52,13 +52,15 @@ class Kalm(nn.Module):
         return [self.local_encoder(key_image)[0]]
 
     def probabilities(self, phase: str, image: Tensor) -> dict[str, Tensor]:
-        """Probabilities of abnormal, Tensor[B, 1], under the names that the flow gives them."""
+        """Probabilities of abnormal, Tensor[B, 1], under the names that the flow gives them, and the width and height
+        of the key area (w and h of eq. 7) as shares of the image's."""
         if phase == "global":
             return {"probability": abnormal_probability(self.global_encoder(image)[0])}
         original_size = torch.tensor([image.shape[-2:]], dtype=torch.int32, device=image.device).expand(len(image), 2)
         wanted = ("probability", "global_probability", "local_probability")
         tensors = FLOWS["kalm"].run(self.stages(), {"image": image, "original_size": original_size}, wanted)
-        return {name: tensors[name] for name in wanted}
+        x0, y0, x1, y1 = (tensors["key_box"] / self.config.image_size).split(1, dim=1)
+        return {name: tensors[name] for name in wanted} | {"key_area_width": x1 - x0, "key_area_height": y1 - y0}
 
     def stages(self) -> dict[str, nn.Module]:
         """The modules behind the flow's stages, by name."""

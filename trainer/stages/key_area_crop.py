@@ -22,11 +22,6 @@ class KeyAreaCrop(nn.Module):
         self.width_weight = nn.Parameter(torch.zeros(map_size[1]))
         self.width_bias = nn.Parameter(torch.full((1,), logit))
 
-    @torch.jit.unused
-    def resting_extents(self) -> tuple[float, float]:
-        """w and h where the marginals are zero: shows how far training moved them from where they started."""
-        return torch.sigmoid(self.width_bias).item(), torch.sigmoid(self.height_bias).item()
-
     def forward(self, image: Tensor, activation: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Tensor[B, 1, H, W] (uint8, or float for a gradient to w and h) and the map [B, h, w] to the key area
         [B, 4] in pixels of `image`, its crop [B, 1, key_size, key_size] and the margin [B, 1]."""

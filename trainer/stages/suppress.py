@@ -1,4 +1,8 @@
-"""The suppress stage (MSFM's feature-map augmentation): dims the pixels under the hottest cells of a frozen encoder."""
+"""The suppress stage (MSFM's feature-map augmentation): dims the pixels under the hottest cells of a frozen encoder.
+
+`msfm_fma`'s margin leaves this threshold out: of hundreds of thousands of pixels the nearest always lies at rounding
+distance from it, so that the margin would be 0 for every image.
+"""
 
 from torch import Tensor, nn
 

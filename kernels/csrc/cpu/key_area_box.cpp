@@ -6,10 +6,10 @@
 namespace scaphoid {
 namespace {
 
-// What one axis decides: where the marginal peaks, how wide the box is, and how clear the peak is. All in units of the
-// image's side, so the centre of cell `i` of `n` is (i + 0.5) / n.
+// What one axis decides: where the marginal peaks and how wide the box is, in units of the image's side, so the centre
+// of cell `i` of `n` is (i + 0.5) / n; and by how much the largest sum leads the second largest.
 struct Axis {
-  double centre = 0.5, size = 1, margin = 0;
+  double centre = 0.5, size = 1, lead = 0;
   bool defined = false;
 
   template <class Real>
@@ -21,19 +21,19 @@ struct Axis {
     }
     if (!std::isfinite(range)) return;
     int64_t peak = 0;
-    double runner_up = 0, logit = static_cast<double>(*bias);
+    double runner_up = least, logit = static_cast<double>(*bias);
     for (int64_t i = 0; i < cells; ++i) {
       const double scaled = range > 0 ? (marginal[i] - least) / range : 0;
       logit += static_cast<double>(weight[i]) * scaled;
       if (marginal[i] > marginal[peak]) peak = i;
     }
     for (int64_t i = 0; i < cells; ++i) {
-      if (i != peak && range > 0) runner_up = std::max(runner_up, (marginal[i] - least) / range);
+      if (i != peak) runner_up = std::max(runner_up, marginal[i]);
     }
     if (std::isnan(logit)) return;
     size = 1 / (1 + std::exp(-logit));
     centre = (static_cast<double>(peak) + 0.5) / static_cast<double>(cells);
-    margin = range > 0 ? 1 - runner_up : 0;
+    lead = marginal[peak] - runner_up;
     defined = true;
   }
 
@@ -56,11 +56,13 @@ template <class Real>
 void key_area_box(const Real* activation, const Arguments<Real>& of, Real* box, Real* margin, double* marginals) {
   double *columns = marginals, *rows = marginals + of.w;
   std::fill(marginals, marginals + of.w + of.h, 0.0);
+  double largest = 0;
   for (int64_t r = 0; r < of.h; ++r) {
     for (int64_t c = 0; c < of.w; ++c) {
       const auto cell = static_cast<double>(activation[r * of.w + c]);
       columns[c] += cell;
       rows[r] += cell;
+      largest = std::max(largest, std::fabs(cell));
     }
   }
   const Axis x(columns, of.w, of.width_weight, of.width_bias), y(rows, of.h, of.height_weight, of.height_bias);
@@ -70,7 +72,9 @@ void key_area_box(const Real* activation, const Arguments<Real>& of, Real* box, 
   if (!x.defined || !y.defined) return;
   x.interval(of.width, box, box + 2);
   y.interval(of.height, box + 1, box + 3);
-  *margin = static_cast<Real>(std::min(x.margin, y.margin));
+  // Relative to the map's maximum, as an engine's error is: a sum of n cells errs by at most n times that of a cell.
+  const double lead = std::min(x.lead / static_cast<double>(of.h), y.lead / static_cast<double>(of.w));
+  *margin = largest > 0 ? static_cast<Real>(lead / largest) : 0;
 }
 
 template <class Real>

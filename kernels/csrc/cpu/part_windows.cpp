@@ -104,6 +104,18 @@ const Candidate* pick(const Candidate* candidates, int64_t count, double* gap) {
   return best;
 }
 
+// The smallest difference between the scores of windows that differ (a repeated pick does not): they are ranked later.
+double closest_scores(const float* boxes, const float* scores, int64_t kept) {
+  double closest = INFINITY;
+  for (int64_t i = 0; i < kept; ++i) {
+    for (int64_t j = 0; j < i; ++j) {
+      if (std::equal(boxes + i * 4, boxes + i * 4 + 4, boxes + j * 4)) continue;
+      closest = std::min(closest, std::fabs(static_cast<double>(scores[i]) - static_cast<double>(scores[j])));
+    }
+  }
+  return closest;
+}
+
 void part_windows(const float* map, const scaphoid_window_groups& groups, const Grid& grid, int64_t kept, float* boxes,
                   float* scores, float* margin, void* workspace) {
   auto* integral = static_cast<double*>(workspace);
@@ -134,6 +146,7 @@ void part_windows(const float* map, const scaphoid_window_groups& groups, const 
       *scores = last.score;
     }
   }
+  nearest = std::min(nearest, closest_scores(boxes - kept * 4, scores - kept, kept));
   // Picks without a rival decide nothing: as far from flipping as windows of a positive map can be.
   const double relative = std::isinf(nearest) ? 1 : nearest / range.largest();
   *margin = range.lowest == range.highest ? 0.0F : static_cast<float>(relative);
