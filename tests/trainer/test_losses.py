@@ -99,7 +99,8 @@ def _one_of_two_processes(rank: int, folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_two_processes_see_the_mean_of_the_whole_batch(tmp_path: Path) -> None:
+def test_two_processes_see_the_mean_of_the_whole_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).parents[2])  # the spawned processes import this file by its full name
     multiprocessing.spawn(_one_of_two_processes, (tmp_path,), nprocs=2)
     logits, labels, weights = random_batch(11)
     for kind in KINDS:
