@@ -60,6 +60,8 @@ def read_manifest(folder: Path) -> dict:
         manifest = json.loads(path.read_text())
     except ValueError as error:
         raise ManifestError(f"{path} is not JSON ({error}): write it again with scaphoid-export or assemble") from None
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
+        raise ManifestError(f"{path} lists no files: write it again with scaphoid-export or assemble")
     if manifest.get("format") != FORMAT:
         raise ManifestError(f"{path} has format {manifest.get('format')}, this version reads {FORMAT}: export again")
     return manifest

@@ -60,6 +60,8 @@ def train(config: TrainConfig) -> Path:
     """Run every phase; returns the path of the best checkpoint. Raises ValueError when the configuration cannot run."""
     torch.manual_seed(config.seed)
     model = create_model(config)
+    if config.schedule.batch < 1:
+        raise ValueError(f"schedule.batch: expected at least 1 image, got {config.schedule.batch}")
     if len(config.schedule.epochs) != len(model.phases):
         raise ValueError(f"schedule.epochs: {model.system} has the phases {model.phases}, got {config.schedule.epochs}")
     open_run(config)

@@ -55,7 +55,7 @@ def main() -> None:
                 f"http http://{server.http_url}, metrics http://{server.metrics_url}/metrics; Ctrl-C stops it"
             )
             server.watch(threading.Event(), arguments.canary_interval_s)
-    except (ManifestError, ServerError) as error:
+    except (ManifestError, ServerError, OSError) as error:
         sys.exit(f"scaphoid-serve: {error}")
     except KeyboardInterrupt:
         tell("stopped")

@@ -310,6 +310,8 @@ def remove_leftovers(folder: Path) -> None:
 
 def check_port(host: str, port: int) -> None:
     """Raises ServerError when `port` cannot be bound."""
+    if not 0 < port < 65536:
+        raise ServerError(f"port {port}: expected 1 to 65535")
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port in TIME_WAIT is free
         try:
