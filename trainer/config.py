@@ -30,6 +30,9 @@ class Schedule:
     """Horizontal flip, brightness and contrast jitter of 0.2."""
     frozen: tuple[str, ...] = ()
     """Modules of the backbone that keep their starting weights and statistics, by name: conv_stem bn1 blocks.0 ..."""
+    frozen_statistics: bool = False
+    """Keep every batch norm's running statistics. In MSFM three kinds of picture update them in turn (radiograph,
+    object, windows), and what is left at the end fits none of the three."""
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ import torch
 import tyro
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch import Tensor
+from torch import Tensor, nn
 
 from scaphoid.trainer.checkpoint import SYSTEMS, Model, load_model, save_model
 from scaphoid.trainer.config import PAPER, Schedule, TrainConfig
@@ -66,8 +66,12 @@ def train(config: TrainConfig) -> Path:
         raise ValueError(f"schedule.epochs: {model.system} has the phases {model.phases}, got {config.schedule.epochs}")
     open_run(config)
     model.to(memory_format=torch.channels_last)
-    training, validation = load_splits(config)
+    best = config.out / "best.safetensors"
     done = resume(config, model)
+    if done["phase"] == len(model.phases) and best.exists():
+        console.print(f"{config.out} is a finished run; to train again, choose another --out")
+        return best
+    training, validation = load_splits(config)
     for number, phase in enumerate(model.phases):
         if config.schedule.epochs[number] and number >= done["phase"]:
             run_phase(config, model, number, training, validation, done)
@@ -75,7 +79,6 @@ def train(config: TrainConfig) -> Path:
             # The next phase, and the run's result, build on the phase's best epoch.
             model.load_state_dict(load_model(best_path(config, phase)).state_dict())
             save_progress(config, done, model, None)
-    best = config.out / "best.safetensors"
     save_model(best, model, images=len(training.labels), index=config.index.name)
     return best
 
@@ -149,7 +152,7 @@ def save_progress(config: TrainConfig, done: dict, model: Model, optimizer: torc
 
 def run_phase(config: TrainConfig, model: Model, number: int, training: Split, validation: Split, done: dict) -> None:
     phase, schedule = model.phases[number], config.schedule
-    set_training(model, phase, schedule.frozen)
+    set_training(model, phase, schedule)
     optimizer = create_optimizer(model, schedule)
     if done.get("optimizer"):
         optimizer.load_state_dict(done["optimizer"])
@@ -159,7 +162,7 @@ def run_phase(config: TrainConfig, model: Model, number: int, training: Split, v
         dropped = epoch >= schedule.drop_after * schedule.epochs[number]
         for group in optimizer.param_groups:
             group["lr"] = schedule.learning_rate * (0.1 if dropped else 1.0)
-        set_training(model, phase, schedule.frozen)
+        set_training(model, phase, schedule)
         loss = run_epoch(config, model, phase, epoch, training, optimizer)
         scores = validate(config, model, phase, validation)
         record = {"phase": phase, "epoch": epoch + 1, "loss": loss, **scores, "seconds": time.time() - started}
@@ -181,7 +184,8 @@ def run_epoch(
     config: TrainConfig, model: Model, phase: str, epoch: int, training: Split, optimizer: torch.optim.Optimizer
 ) -> float:
     """One pass over the training radiographs; returns the mean loss."""
-    generator = torch.Generator().manual_seed(config.seed * 1000 + epoch)
+    phase_seed = config.seed * len(model.phases) + model.phases.index(phase)
+    generator = torch.Generator().manual_seed(phase_seed * 1000 + epoch)
     order = torch.randperm(len(training.labels), generator=generator)
     total, batches = 0.0, order.split(config.schedule.batch)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -251,17 +255,20 @@ def validate(config: TrainConfig, model: Model, phase: str, validation: Split) -
     return scores
 
 
-def set_training(model: Model, phase: str, frozen: tuple[str, ...]) -> None:
+def set_training(model: Model, phase: str, schedule: Schedule) -> None:
     """Gradients and running statistics for what the phase trains, and for nothing else."""
     model.eval().requires_grad_(False)
     for module in model.trained(phase):
         module.train().requires_grad_(True)
-        for name in frozen if hasattr(module, "backbone") else ():
+        for name in schedule.frozen if hasattr(module, "backbone") else ():
             try:
                 module.backbone.get_submodule(name).eval().requires_grad_(False)
             except AttributeError as error:
                 parts = ", ".join(child for child, _ in module.backbone.named_children())
                 raise ValueError(f"schedule.frozen: the backbone has no module {name!r}; it has {parts}") from error
+        for layer in module.modules() if schedule.frozen_statistics else ():
+            if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+                layer.eval()
 
 
 def create_optimizer(model: Model, schedule: Schedule) -> torch.optim.Optimizer:

@@ -1,6 +1,7 @@
 """MSFM, KALM and the plain classifier as they are trained: loss terms, shared weights, what moves and what must not."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from scaphoid.trainer.train import create_optimizer, set_training, suppress
 
 BACKBONE = "test_resnet"  # timm's resnet for tests: batch norm, stride 32, 0.4 million parameters
 SIZE, PART = 96, 64
+UNFROZEN = Schedule((1,), 3, "sgd", 0.1)
 
 
 def radiographs(count: int = 3, seed: int = 0, size: int = SIZE) -> Tensor:
@@ -102,10 +104,10 @@ def test_one_encoder_and_classifier_for_all_stages():
 
 def test_each_stage_updates_the_running_statistics():
     model = msfm()
-    set_training(model, "joint", ())
+    set_training(model, "joint", UNFROZEN)
     model.training_logits("joint", radiographs())
     assert {int(norm.num_batches_tracked) for norm in norms(model.encoder)} == {3}
-    set_training(model, "main", ())
+    set_training(model, "main", UNFROZEN)
     model.training_logits("main", radiographs())
     assert {int(norm.num_batches_tracked) for norm in norms(model.encoder)} == {4}
 
@@ -129,7 +131,7 @@ def test_no_gradient_from_the_parts_reaches_the_object_stage():
 @pytest.mark.parametrize("phase", Msfm.phases)
 def test_the_fma_encoder_is_frozen(phase):
     model = awake(msfm(fma=True))
-    set_training(model, phase, ())
+    set_training(model, phase, UNFROZEN)
     assert not any(module.training for module in model.fma_encoder.modules())
     assert not any(parameter.requires_grad for parameter in model.fma_encoder.parameters())
     before, trained = state_of(model.fma_encoder), state_of(model.encoder)
@@ -176,7 +178,7 @@ def test_the_packaged_fma_encoder_is_imagenets_whatever_the_encoder_starts_from(
 
 def test_the_local_phase_leaves_the_global_encoder_bitwise_and_moves_the_size_layers():
     model = kalm()
-    set_training(model, "local", ())
+    set_training(model, "local", UNFROZEN)
     assert not any(module.training for module in model.global_encoder.modules())
     optimizer = create_optimizer(model, Schedule((0, 1), 3, "adam", 1e-2))
     of_global, of_local, sizes = map(state_of, (model.global_encoder, model.local_encoder, model.key_area_crop))
@@ -189,7 +191,7 @@ def test_the_local_phase_leaves_the_global_encoder_bitwise_and_moves_the_size_la
 
 def test_the_global_phase_trains_the_global_encoder_alone():
     model = awake(kalm())
-    set_training(model, "global", ())
+    set_training(model, "global", UNFROZEN)
     before = state_of(model)
     step(model, "global", create_optimizer(model, Schedule((1, 0), 3, "adam", 1e-2)), radiographs())
     kept = [name for name in before if not name.startswith("global_encoder.")]
@@ -229,13 +231,24 @@ def test_kalm_crops_the_key_area_from_the_large_image():
 # -- what a phase trains
 
 
+def test_frozen_statistics_stay_while_parameters_move():
+    model = awake(msfm())
+    schedule = replace(UNFROZEN, frozen_statistics=True)
+    set_training(model, "joint", schedule)
+    before = state_of(model.encoder)
+    step(model, "joint", create_optimizer(model, schedule), radiographs())
+    kept = {name for name in before if name.endswith(("running_mean", "running_var", "num_batches_tracked"))}
+    assert set(same(before, model.encoder.state_dict())) == kept
+
+
 def test_frozen_modules_keep_parameters_and_statistics():
     model = awake(Plain(PlainConfig(BACKBONE, SIZE)))
     frozen = ("conv1", "bn1", "layer1")
     assert {name for name, _ in model.encoder.backbone.named_children()} > set(frozen)
     before = state_of(model.encoder.backbone)
-    set_training(model, "global", frozen)
-    step(model, "global", create_optimizer(model, Schedule((1,), 3, "sgd", 0.1, weight_decay=0.1)), radiographs())
+    schedule = replace(UNFROZEN, weight_decay=0.1, frozen=frozen)
+    set_training(model, "global", schedule)
+    step(model, "global", create_optimizer(model, schedule), radiographs())
     kept = [name for name in before if name.split(".")[0] in frozen]
     assert same(before, model.encoder.backbone.state_dict()) == kept
 
@@ -243,4 +256,4 @@ def test_frozen_modules_keep_parameters_and_statistics():
 def test_a_frozen_module_that_is_not_there_is_named():
     model = Plain(PlainConfig(BACKBONE, SIZE))
     with pytest.raises(ValueError, match=r"schedule.frozen: the backbone has no module 'conv_stem'; it has conv1, bn1"):
-        set_training(model, "global", ("conv_stem",))
+        set_training(model, "global", replace(UNFROZEN, frozen=("conv_stem",)))

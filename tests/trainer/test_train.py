@@ -159,6 +159,12 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(config, monkeypatch, sy
     assert told(history(whole)) == told(history(halved))
 
 
+def test_a_finished_run_is_not_trained_again(config, monkeypatch):
+    best = train(config)
+    interrupt(monkeypatch, "load_splits", 1)
+    assert train(config) == best
+
+
 def test_a_changed_configuration_is_refused(config):
     config = with_schedule(config, epochs=(1,))
     train(config)
@@ -270,7 +276,7 @@ def test_the_loss_is_the_sum_of_its_terms(config, system):
     config = replace(with_schedule(config, augment=False, loss="wce"), model=MODELS[system])
     model, data = training_module.create_model(config), split()
     phase = model.phases[-1]
-    set_training(model, phase, ())
+    set_training(model, phase, config.schedule)
     terms = model.training_logits(phase, torch.from_numpy(data.images))
     wanted = sum(stage_loss(logits, data.labels, data.weights, "wce").item() for logits in terms)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.0)
