@@ -11,6 +11,7 @@ from pathlib import Path
 MANIFEST = "manifest.json"
 FORMAT = 1
 OPS_LIBRARY = "libscaphoid_ops.so"
+PHANTOMS = "phantoms"  # of weights trained on drawn radiographs: the generator's version
 PACKAGES = ("scaphoid", "torch", "timm", "openvino", "nvidia-dali-cuda130", "numpy")
 
 

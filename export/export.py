@@ -14,11 +14,12 @@ import tyro
 from torch import Tensor, nn
 
 import scaphoid.kernels
-from scaphoid.export.artefacts import MANIFEST, OPS_LIBRARY, sha256, versions, write_manifest
+from scaphoid.export.artefacts import MANIFEST, OPS_LIBRARY, PHANTOMS, sha256, versions, write_manifest
 from scaphoid.export.precision import Precision, effective_precision
 from scaphoid.export.runner import PREPROCESS_BATCH, eager_stages, load_served, run
 from scaphoid.export.torch_to_openvino import torch_to_openvino
 from scaphoid.export.torch_to_torchscript import torch_to_torchscript
+from scaphoid.trainer.checkpoint import Model, read_metadata
 from scaphoid.trainer.contracts import ENCODED, STAGES, Stage
 from scaphoid.trainer.data.pipeline import serialize
 from scaphoid.trainer.flows import FLOWS, Flow
@@ -60,6 +61,8 @@ def export(weights: list[Path], out: Path, precision: Precision = "f32") -> dict
     An `out` that holds earlier artefacts is replaced, once the new ones are complete. Raises ExportError, and
     ValueError for a file whose model does not load or is served by no flow.
     """
+    if taken := [path for path in (out, *out.parents) if path.exists() and not path.is_dir()]:
+        raise ExportError(f"--out {out}: {taken[0]} is a file: artefacts need a folder of their own")
     if out.exists() and any(out.iterdir()) and not (out / MANIFEST).is_file():
         raise ExportError(f"{out} is not empty and holds no artefacts: choose another --out")
     modules: dict[str, nn.Module] = {}
@@ -76,9 +79,7 @@ def export(weights: list[Path], out: Path, precision: Precision = "f32") -> dict
         if taken := sorted(set(stages) & set(modules)):
             raise ExportError(f"{path} has the stages of another weights file ({taken[0]}): export them apart")
         modules |= stages
-        origins.append(
-            {"file": path.name, "sha256": sha256(path), "system": model.system, "config": asdict(model.config)}
-        )
+        origins.append(origin(path, model, stages))
         for flow in flows_of(stages):
             doors |= record(flow, eager_stages(model, size))
     flows = flows_of(modules)
@@ -101,6 +102,15 @@ def export(weights: list[Path], out: Path, precision: Precision = "f32") -> dict
     shutil.rmtree(out, ignore_errors=True)
     partial.rename(out)
     return content
+
+
+def origin(path: Path, model: Model, stages: Mapping[str, nn.Module]) -> dict:
+    """What the manifest says of one weights file: the flows that run on it, and `phantoms`, the generator's version,
+    when it was trained on drawn radiographs."""
+    facts = {key: value for key, value in read_metadata(path).items() if key == PHANTOMS}
+    flows = [flow.name for flow in flows_of(stages)]
+    about = {"file": path.name, "sha256": sha256(path), "system": model.system, "config": asdict(model.config)}
+    return {**about, "flows": flows, **facts}
 
 
 def flows_of(stages: Mapping[str, object]) -> list[Flow]:

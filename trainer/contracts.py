@@ -1,4 +1,5 @@
-"""Every tensor that crosses a stage boundary: its name, dtype, dims and meaning. Imports nothing heavy.
+"""Every tensor that crosses a stage boundary: its name, dtype, dims and meaning, and the name of the record that a
+prediction is written as. Imports nothing heavy.
 
 A *stage* is a function with named, typed tensors at its door; this file is the only place that knows the names.
 Dims leave out the batch: a stage takes any number of images, one row each. A dim that depends on the trained run
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 
 WINDOWS = 7  # part windows kept per image (MSFM, sections 2.2 and 2.4)
 CLASSES = 2  # normal, abnormal
+PREDICTION_SCHEMA = "scaphoid.prediction/1"  # in every line that scaphoid-predict writes and scaphoid-evaluate reads
 
 Dim = int | str
 

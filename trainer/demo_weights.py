@@ -17,7 +17,7 @@ from scaphoid.trainer import learning_curves
 from scaphoid.trainer.checkpoint import load_model, save_model
 from scaphoid.trainer.config import Schedule, TrainConfig
 from scaphoid.trainer.data.index import FILE_NAME
-from scaphoid.trainer.data.phantom.generate import GENERATOR_VERSION, TRAINING, generate_frozen
+from scaphoid.trainer.data.phantom.generate import TRAINING, generate_frozen, generator_of
 from scaphoid.trainer.models.backbone import PACKAGED
 from scaphoid.trainer.models.kalm import KalmConfig
 from scaphoid.trainer.models.msfm import MsfmConfig
@@ -71,7 +71,7 @@ def main(runs: Path = Path("runs"), weights: Path = Path("trainer/weights")) -> 
             weights.mkdir(parents=True, exist_ok=True)
             for system in ("msfm", "kalm"):
                 model = load_model(best[system])
-                save_model(weights / f"{system}.safetensors", model, compact=True, phantoms=GENERATOR_VERSION)
+                save_model(weights / f"{system}.safetensors", model, compact=True, phantoms=generator_of(phantoms))
     learning_curves.main(runs, weights)
 
 

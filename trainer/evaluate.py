@@ -5,7 +5,6 @@ localisation beside its oracle, a random and a centre box.
     scaphoid-evaluate predictions.jsonl --index held_out/index.csv --twins twins.jsonl --out report
 """
 
-import json
 import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,7 +18,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 from scaphoid.trainer import figures
-from scaphoid.trainer.data.index import Index, Radiograph, read_index
+from scaphoid.trainer.data.index import Index, read_index
 from scaphoid.trainer.flows import FLOWS
 from scaphoid.trainer.localization import (
     SIZES,
@@ -31,102 +30,10 @@ from scaphoid.trainer.localization import (
     random_boxes,
 )
 from scaphoid.trainer.metrics import Estimate, classification_metrics, mean_estimate, median_estimate, study_level
+from scaphoid.trainer.predictions import Case, Record, join, read_predictions
 from scaphoid.trainer.tables import PARTS_MEAN, TOGETHER, as_json, reasons, tables
 
-PREDICTION_SCHEMA = "scaphoid.prediction/1"
 SCHEMA = "scaphoid.evaluation/1"
-
-Record = Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class Case:
-    """A radiograph of the index and what was predicted for it."""
-
-    radiograph: Radiograph
-    record: Record
-
-    @property
-    def shows_lesion(self) -> bool:
-        """Whether it counts for localisation: abnormal, with a lesion known to be visible."""
-        return bool(self.radiograph.label and self.radiograph.boxes)
-
-    @property
-    def box(self) -> Sequence[float]:
-        return self._coordinates("box")
-
-    @property
-    def main_box(self) -> Sequence[float]:
-        return self._coordinates("main_box")
-
-    def _coordinates(self, name: str) -> Sequence[float]:
-        return self.record.get(name) or (np.nan,) * 4
-
-
-def read_predictions(path: Path) -> list[Record]:
-    """The records of one JSON-lines file, the last of each image, each stage's probability under the flow's name for
-    it. A copy of another image takes over what was predicted for that. A half-written last line (an interrupted run)
-    is left out. Raises ValueError, naming file and line, on anything else that is not a prediction."""
-    lines = path.read_text(encoding="utf-8").split("\n")
-    if not _is_json(lines[-1]):
-        lines.pop()
-    found: dict[str, dict[str, Any]] = {}
-    for number, line in enumerate(lines, start=1):
-        if line.strip():
-            record = _parse(line, f"{path}, line {number}")
-            stages = {f"{stage}_probability": value for stage, value in (record.get("stages") or {}).items()}
-            found[record["image"]] = record | stages
-    if not found:
-        raise ValueError(f"{path}: holds no prediction; run scaphoid-predict first")
-    originals = (found.get(record.get("duplicate_of") or "", record) for record in found.values())
-    return [original | {"image": image} for image, original in zip(found, originals, strict=True)]
-
-
-def _is_json(line: str) -> bool:
-    try:
-        json.loads(line)
-    except json.JSONDecodeError:
-        return False
-    return True
-
-
-def _parse(line: str, where: str) -> dict[str, Any]:
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: not JSON ({error.msg}); write it anew with scaphoid-predict") from None
-    schema = record.get("schema") if isinstance(record, dict) else record
-    if schema != PREDICTION_SCHEMA:
-        raise ValueError(f"{where}: expected schema {PREDICTION_SCHEMA!r}, got {schema!r}")
-    if missing := {"image", "status", "flow"} - set(record):
-        raise ValueError(f"{where}: a prediction needs {', '.join(sorted(missing))}")
-    return record
-
-
-def join(records: Iterable[Record], index: Index) -> tuple[list[Case], list[str]]:
-    """Records to radiographs, by the longest ending of the path that the index knows: so a copy of the data set, or its
-    twins in another folder, join too. Also returns the images that the index does not know, or knows of another size.
-    Raises ValueError when two files join one radiograph."""
-    known = {radiograph.image: radiograph for radiograph in index.radiographs}
-    cases: dict[str, Case] = {}
-    unknown = []
-    for record in records:
-        parts = Path(record["image"]).resolve().parts
-        endings = ("/".join(parts[start:]) for start in range(len(parts)))
-        image = next((ending for ending in endings if ending in known), None)
-        if image is None or not _same_size(known[image], record):
-            unknown.append(record["image"])
-        elif image in cases:
-            both = f"{cases[image].record['image']} and {record['image']}"
-            raise ValueError(f"{both} are both {image} of the index: evaluate one data set's predictions at a time")
-        else:
-            cases[image] = Case(known[image], record)
-    return list(cases.values()), unknown
-
-
-def _same_size(radiograph: Radiograph, record: Record) -> bool:
-    width, height = record.get("width"), record.get("height")
-    return not (width and height) or (width, height) == (radiograph.width, radiograph.height)
 
 
 def evaluate(
@@ -212,23 +119,29 @@ def localization(
     lesions = [case.radiograph.boxes for case in cases]
     sizes = np.array([(case.radiograph.height, case.radiograph.width) for case in cases], np.float64)
     boxes = np.array([case.box for case in cases], np.float64)
-    methods = {flow: boxes, **_oracles(cases, flow, map_size, boxes, sizes)}
+    methods, peaks = {flow: boxes, **_oracles(cases, flow, map_size, boxes, sizes)}, {flow: _peaks(cases)}
     for name, other in beside.items():
-        box_of = {case.radiograph.image: case.box for case in other}
-        if not np.isnan(found := np.array([box_of.get(case.radiograph.image, (np.nan,) * 4) for case in cases])).all():
-            methods[name] = found
+        own = {case.radiograph.image: case for case in other}
+        found = [own.get(case.radiograph.image, Case(case.radiograph, {})) for case in cases]
+        if not np.isnan(boxes_of := np.array([case.box for case in found], np.float64)).all():
+            methods[name], peaks[name] = boxes_of, _peaks(found)
     methods["random box"], methods["centre box"] = random_boxes(boxes, sizes), centre_boxes(boxes, sizes)
     size_of = np.array([lesion_size(own, size) for own, size in zip(lesions, sizes, strict=True)])
-    peaks = np.array([case.record.get("peak") or (np.nan,) * 2 for case in cases], np.float64)
     report: dict[str, Any] = {}
     for group in (TOGETHER, *SIZES):
         chosen = np.flatnonzero((size_of == group) | (group == TOGETHER))
         own, patients = [lesions[i] for i in chosen], [cases[i].radiograph.patient for i in chosen]
         report[group] = {"image": len(chosen), "methods": {}}
         for method, found in methods.items() if len(chosen) else ():
-            points = peaks[chosen] if method == flow and not np.isnan(peaks).all() else None
+            points = peaks.get(method)
+            points = None if points is None or np.isnan(points).all() else points[chosen]
             report[group]["methods"][method] = localization_metrics(found[chosen], own, points, patients)
     return report
+
+
+def _peaks(cases: Sequence[Case]) -> NDArray:
+    """Where each map peaks, (x, y) [N, 2]; NaN where the record does not say."""
+    return np.array([case.record.get("peak") or (np.nan,) * 2 for case in cases], np.float64)
 
 
 def twin_drop(cases: Sequence[Case], twins: Sequence[Case]) -> dict[str, Any]:
@@ -314,10 +227,20 @@ class Options:
     beside: tuple[Path, ...] = ()
 
 
+def _check(options: Options) -> None:
+    if options.threshold is not None and not 0 <= options.threshold <= 1:
+        raise ValueError(f"--threshold: expected a probability between 0 and 1, got {options.threshold}")
+    if options.map_size is not None and min(options.map_size) < 1:
+        raise ValueError(f"--map-size: expected 1 row and 1 column or more, got {options.map_size}")
+    if options.out is not None and options.out.exists() and not options.out.is_dir():
+        raise ValueError(f"--out: {options.out} is a file; the figures need a folder")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status 0, or 2 with one line on stderr when the files cannot be used."""
     options = tyro.cli(Options, prog="scaphoid-evaluate", args=arguments)
     try:
+        _check(options)
         index, records = read_index(options.index), read_predictions(options.predictions)
         report = evaluate(
             index,

@@ -56,9 +56,9 @@ def localization_metrics(
     """PCL at IoU 0.3, 0.5 and 0.7, mean IoU, MaxBoxAccV2, box-centre hit and pointing of boxes [N, 4].
 
     PCL t is the share of radiographs whose box has IoU >= t with a lesion; MaxBoxAccV2, for a method without a
-    threshold to choose, is the mean of the three (see `max_box_accuracy` for CAMs). `peaks` [N, 2] are the (x, y) of
-    the map's peak (`map_peaks`); without them pointing is NaN. Intervals resample patients. Raises ValueError when
-    lengths differ.
+    threshold to choose (or one chosen beforehand, as a CAM's is), is the mean of the three. `peaks` [N, 2] are the
+    (x, y) of the map's peak (`map_peaks`); without them pointing is NaN. Intervals resample patients. Raises ValueError
+    when lengths differ.
     """
     boxes = _boxes(boxes)
     overlap = best_iou(boxes, lesions)
@@ -123,13 +123,6 @@ def choose_threshold(boxes: ArrayLike, lesions: Lesions, at: float = 0.5) -> int
     """Which threshold to use: the index t of the highest PCL at IoU `at`, for boxes [T, N, 4] of the *validation*
     images."""
     return int(np.argmax([(best_iou(row, lesions) >= at).mean() for row in np.asarray(boxes)]))
-
-
-def max_box_accuracy(boxes: ArrayLike, lesions: Lesions) -> float:
-    """MaxBoxAccV2 of boxes [T, N, 4], one row per threshold: the best PCL over thresholds, averaged over IoU 0.3,
-    0.5, 0.7."""
-    overlap = np.stack([best_iou(row, lesions) for row in np.asarray(boxes)])
-    return float(np.mean([(overlap >= at).mean(axis=1).max() for at in IOU_THRESHOLDS]))
 
 
 # Oracles

@@ -29,20 +29,15 @@ def stage_loss(
     kind: Kind = "alpha-wfl",
     alpha: float = ALPHA,
     beta: float = BETA,
-    others: Tensor | None = None,
 ) -> Tensor:
     """One term of eq. 9, a scalar: logits [B, 2], labels [B] int64, weights [B] (used by the weighted kinds).
 
-    The mean is over the whole batch: summed over processes when torch.distributed is initialised (the value is then
-    the same on each; DDP's gradient average gives the gradient of that value), and over the other micro-batches when
-    gradients are accumulated: pass `others` [2], the sum over them of `image_terms` and their number, from a pass
-    without gradient, and add up the gradients of every micro-batch's loss undivided. Raises ValueError on shapes or
-    an unknown kind.
+    The mean is over the whole batch, summed over processes when torch.distributed is initialised (the value is then
+    the same on each; DDP's gradient average gives the gradient of that value). Raises ValueError on shapes or an
+    unknown kind.
     """
     terms = image_terms(logits, labels, weights, kind, beta)
     total = torch.stack((terms.sum(), terms.new_tensor(float(len(terms)))))
-    if others is not None:
-        total = total + others.detach()
     if distributed.is_available() and distributed.is_initialized():
         total = differentiable.all_reduce(total)
     mean = total[0] / total[1].detach()

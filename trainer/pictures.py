@@ -1,4 +1,4 @@
-"""Pictures of a radiograph and what was found in it: overlays, and strips original -> closer look -> final box.
+"""Pictures of a radiograph and what was found in it.
 
 Boxes are `(x0, y0, x1, y1)`, half-open, in pixels of the radiograph with its EXIF orientation applied. Needs Pillow,
 numpy and matplotlib; imports no torch, so the client draws with it too.
@@ -11,8 +11,6 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib import font_manager
-from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from scaphoid.trainer.data.dicom import is_dicom, read_dicom
@@ -75,43 +73,6 @@ def overlay(
     if box is not None:
         _draw_box(draw, box, scale, BOX_COLOUR, unit * 2.4)
     return _captioned(picture, caption) if caption else picture
-
-
-def strip(
-    image: np.ndarray,
-    main_box: Box,
-    box: Box,
-    windows: Sequence[Box] = (),
-    truth: Sequence[Box] = (),
-    suppressed: np.ndarray | None = None,
-    title: str = "",
-) -> Figure:
-    """MSFM's figure, a panel a step: original, what FMA left of it (`suppressed`, [H, W] uint8, when given), the closer
-    look (the main-stage box, with its windows) and the final box."""
-    panels = [("original", image, [])]
-    if suppressed is not None:
-        panels.append(("artefacts suppressed", suppressed, []))
-    looked = [(main_box, MAIN_BOX_COLOUR, 1.2, "-"), *((window, WINDOW_COLOUR, 0.6, "-") for window in windows)]
-    panels.append(("closer look", image, looked))
-    dashed = [(lesion, TRUTH_COLOUR, 1.4, "--") for lesion in truth]
-    panels.append(("final box", image, [*dashed, (box, BOX_COLOUR, 2.0, "-")]))
-
-    figure = Figure(figsize=(2.6 * len(panels), 2.6 * image.shape[0] / image.shape[1] + 0.6), layout="constrained")
-    for axes, (name, pixels, boxes) in zip(figure.subplots(1, len(panels)), panels, strict=True):
-        small, scale = shrink(pixels, 768)
-        height, width = small.shape
-        axes.imshow(small, cmap="gray", vmin=0, vmax=255, extent=(0, width, height, 0))
-        for (x0, y0, x1, y1), colour, line, style in boxes:
-            edge = {"fill": False, "edgecolor": colour, "linewidth": line, "linestyle": style}
-            axes.add_patch(Rectangle((x0 * scale, y0 * scale), (x1 - x0) * scale, (y1 - y0) * scale, **edge))
-        if name == "closer look":
-            x0, y0, x1, y1 = (corner * scale for corner in main_box)
-            axes.set(xlim=(x0, x1), ylim=(y1, y0))
-        axes.set_title(name, fontsize=9)
-        axes.set_axis_off()
-    if title:
-        figure.suptitle(title, fontsize=10)
-    return figure
 
 
 def _draw_box(draw: ImageDraw.ImageDraw, box: Box, scale: float, colour: str, width: float, dash: float = 0.0) -> None:

@@ -4,7 +4,8 @@
     scaphoid-train msfm  --index phantoms --out runs/msfm  --start runs/plain/best.safetensors --schedule.epochs 0 2
 
 The defaults are the papers' settings. The checkpoint with the best image-level accuracy on a patient-disjoint part of
-the training set is kept. Give the same command again to continue an interrupted run.
+the training set is kept; what a run starts from competes as epoch 0. Give the same command again to continue an
+interrupted run.
 """
 
 import dataclasses
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from scaphoid.trainer.checkpoint import SYSTEMS, Model, load_model, save_model
 from scaphoid.trainer.config import PAPER, Schedule, TrainConfig
 from scaphoid.trainer.data.index import Index, read_index, split_by_patient
+from scaphoid.trainer.data.phantom.generate import generator_of
 from scaphoid.trainer.data.pipeline import load_images
 from scaphoid.trainer.losses import body_part_weights, image_weights, stage_loss
 from scaphoid.trainer.metrics import classification_metrics
@@ -59,9 +61,8 @@ def main() -> None:
 def train(config: TrainConfig) -> Path:
     """Run every phase; returns the path of the best checkpoint. Raises ValueError when the configuration cannot run."""
     torch.manual_seed(config.seed)
+    check_numbers(config)
     model = create_model(config)
-    if config.schedule.batch < 1:
-        raise ValueError(f"schedule.batch: expected at least 1 image, got {config.schedule.batch}")
     if len(config.schedule.epochs) != len(model.phases):
         raise ValueError(f"schedule.epochs: {model.system} has the phases {model.phases}, got {config.schedule.epochs}")
     open_run(config)
@@ -79,8 +80,25 @@ def train(config: TrainConfig) -> Path:
             # The next phase, and the run's result, build on the phase's best epoch.
             model.load_state_dict(load_model(best_path(config, phase)).state_dict())
             save_progress(config, done, model, None)
-    save_model(best, model, images=len(training.labels), index=config.index.name)
+    drawn = generator_of(config.index if config.index.is_dir() else config.index.parent)
+    save_model(
+        best, model, images=len(training.labels), index=config.index.name, **({"phantoms": drawn} if drawn else {})
+    )
     return best
+
+
+def check_numbers(config: TrainConfig) -> None:
+    """Raises ValueError for a number that no run can have, before anything is built from it."""
+    smallest = {
+        "schedule.batch": (config.schedule.batch, 1),
+        "schedule.epochs": (min(config.schedule.epochs, default=0), 0),
+        "schedule.epochs, in all": (sum(config.schedule.epochs), 1),
+        "model.image-size": (config.model.image_size, 32),
+        "images": (config.images if config.images is not None else 1, 1),
+    }
+    for name, (given, least) in smallest.items():
+        if given < least:
+            raise ValueError(f"{name}: expected at least {least}, got {given}")
 
 
 def open_run(config: TrainConfig) -> None:
@@ -157,6 +175,12 @@ def run_phase(config: TrainConfig, model: Model, number: int, training: Split, v
     if done.get("optimizer"):
         optimizer.load_state_dict(done["optimizer"])
     best = done["best"]
+    if config.start is not None and best < 0:  # what the phase starts from is trained already: it competes as epoch 0
+        scores = validate(config, model, phase, validation)
+        best = scores["accuracy"]
+        save_model(best_path(config, phase), model)
+        save_progress(config, {"phase": number, "epoch": 0, "best": best}, model, optimizer)
+        record(config, {"phase": phase, "epoch": 0, **scores})
     for epoch in range(done["epoch"], schedule.epochs[number]):
         started = time.time()
         dropped = epoch >= schedule.drop_after * schedule.epochs[number]
@@ -165,19 +189,20 @@ def run_phase(config: TrainConfig, model: Model, number: int, training: Split, v
         set_training(model, phase, schedule)
         loss = run_epoch(config, model, phase, epoch, training, optimizer)
         scores = validate(config, model, phase, validation)
-        record = {"phase": phase, "epoch": epoch + 1, "loss": loss, **scores, "seconds": time.time() - started}
         if scores["accuracy"] > best:
             best = scores["accuracy"]
             save_model(best_path(config, phase), model)
         save_progress(config, {"phase": number, "epoch": epoch + 1, "best": best}, model, optimizer)
-        with open(config.out / "history.jsonl", "a") as file:
-            file.write(json.dumps(record) + "\n")
-        console.print(
-            " ".join(
-                f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
-                for name, value in record.items()
-            )
-        )
+        took = time.time() - started
+        record(config, {"phase": phase, "epoch": epoch + 1, "loss": loss, **scores, "seconds": took})
+
+
+def record(config: TrainConfig, line: dict[str, object]) -> None:
+    """Append an epoch to history.jsonl and show it."""
+    with open(config.out / "history.jsonl", "a") as file:
+        file.write(json.dumps(line) + "\n")
+    words = (f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in line.items())
+    console.print(" ".join(words))
 
 
 def run_epoch(

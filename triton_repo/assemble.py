@@ -5,7 +5,8 @@ manifest.
 
 What the configurations leave open is filled in from the artefacts: image and map sizes (so that the server itself
 rejects a tensor of another size, and because the vendor's openvino backend takes no open dim where the engine has a
-number), the engines' precision, and in every flow a hash of the weights: a retrained model has version 1 again.
+number), the engines' precision, and in every flow a hash of the weights, for a retrained model has version 1 again, and
+whether they know drawn radiographs alone, which the client's report has to say.
 """
 
 import hashlib
@@ -18,8 +19,8 @@ import tyro
 from google.protobuf import text_format
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 
-from scaphoid.export.artefacts import MANIFEST, OPS_LIBRARY, ManifestError, verify, write_manifest
-from scaphoid.triton_repo.configs import CONFIG, PRECISION, WEIGHTS, ConfigError, check
+from scaphoid.export.artefacts import MANIFEST, OPS_LIBRARY, PHANTOMS, ManifestError, verify, write_manifest
+from scaphoid.triton_repo.configs import CONFIG, PRECISION, TRAINED_ON_PHANTOMS, WEIGHTS, ConfigError, check
 
 CONFIGS = Path(__file__).parent / "cpu"
 VERSION = "1"
@@ -49,6 +50,9 @@ def assemble(artefacts: Path, repository: Path, configs: Path = CONFIGS) -> dict
             raise ConfigError(f"{configs / flow / CONFIG}: steps pin versions {versions}, assembled is {VERSION}")
         (partial / flow / VERSION).mkdir(parents=True)
         config.parameters[WEIGHTS].string_value = weights_hash(manifest)
+        for each in manifest["weights"]:
+            if flow in each.get("flows", ()) and PHANTOMS in each:
+                config.parameters[TRAINED_ON_PHANTOMS].string_value = each[PHANTOMS]
         # Triton wants the folder; a file keeps it through copies and archives that drop empty folders
         (partial / flow / VERSION / ".keep").touch()
         _write(config, configs, partial)

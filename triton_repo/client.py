@@ -5,6 +5,7 @@ wiring table; the server skips every step whose outputs are not asked for, so as
 """
 
 import asyncio
+import re
 from collections.abc import Sequence
 
 import grpc
@@ -14,7 +15,7 @@ from tritonclient.utils import InferenceServerException
 
 from scaphoid.trainer.contracts import ENCODED
 from scaphoid.trainer.flows import FLOWS
-from scaphoid.triton_repo.configs import WEIGHTS
+from scaphoid.triton_repo.configs import TRAINED_ON_PHANTOMS, WEIGHTS
 
 PARTS_OUTPUTS = ("parts_probability", "probability_with_parts")
 PROBE_TIMEOUT_S = 5.0
@@ -46,11 +47,13 @@ class FlowClient:
     `url` is host:port of the server's gRPC endpoint, `outputs` the flow's outputs to ask for, `version` the model
     version (empty: the newest that the server has loaded when `connect` is called), `timeout_s` the limit of each
     request. Once connected, the attribute `version` names the weights too, `1@3f2a9c1b`: a repository assembled anew
-    from other weights has version 1 again.
+    from other weights has version 1 again; and `phantoms` is the generator's version when the weights were trained on
+    drawn radiographs, else empty.
     """
 
     def __init__(self, url: str, flow: str, outputs: Sequence[str], version: str = "", timeout_s: float = 60.0) -> None:
         self.url, self.flow, self.version, self.timeout_s = url, flow, version, timeout_s
+        self.phantoms = ""
         self._model_version = version
         self._outputs = tuple(outputs)
         self._requested = [triton.InferRequestedOutput(name) for name in self._outputs]
@@ -95,7 +98,9 @@ class FlowClient:
                 "server and client are of different releases"
             )
         self._model_version = self._model_version or max(model.versions, key=int, default="")
-        weights = answer.config.parameters[WEIGHTS].string_value
+        weights, self.phantoms = (
+            answer.config.parameters[name].string_value for name in (WEIGHTS, TRAINED_ON_PHANTOMS)
+        )
         self.version = f"{self._model_version}@{weights}" if weights else self._model_version
         return self.version
 
@@ -155,6 +160,7 @@ def _status(error: InferenceServerException | grpc.RpcError) -> str:
 
 
 def _reason(error: InferenceServerException | grpc.RpcError) -> str:
-    """The first line of the server's message, short enough for a line of its own."""
+    """The first line of the server's message, without the ensemble that Triton puts before it, and not too long."""
     message = error.details() if isinstance(error, grpc.RpcError) else error.message()
-    return ((message or "").strip().splitlines() or [_status(error)])[0][:200]
+    line = ((message or "").strip().splitlines() or [_status(error)])[0]
+    return re.sub(r"^in ensemble '\w+', ", "", line)[:200]

@@ -17,6 +17,7 @@ BACKENDS = {"preprocess": "dali", "encoder": "openvino", "glue": "pytorch"}
 CONFIG = "config.pbtxt"
 PRECISION = "INFERENCE_PRECISION_HINT"
 WEIGHTS = "weights"  # parameter of an assembled flow: which weights it runs on
+TRAINED_ON_PHANTOMS = "trained_on_phantoms"  # and, where those know drawn radiographs alone, the generator's version
 
 
 class ConfigError(Exception):

@@ -1,7 +1,7 @@
 """Which radiographs a prediction run is about, and reading one: everything that is wrong with an input is found here.
 
 Folders are walked in sorted order; inside them only files that look like radiographs count (by suffix, or by the DICOM
-magic when there is none), while a file that is named on its own is always read and judged.
+magic: archives name files by their UID), while a file that is named on its own is always read and judged.
 """
 
 import hashlib
@@ -47,11 +47,11 @@ class Rejection:
 
 @dataclass
 class Collection:
-    """What the given paths hold: radiographs in order, inputs that were rejected, files that folders hold besides."""
+    """What the given paths hold: radiographs in order, inputs that were rejected, how many files are no images."""
 
     sources: list[Source] = field(default_factory=list)
     rejections: list[Rejection] = field(default_factory=list)
-    ignored: Counter[str] = field(default_factory=Counter)
+    skipped: Counter[str] = field(default_factory=Counter)  # by suffix
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ def _files(given: Path, collection: Collection, skip: Path | None) -> Iterable[P
         found = list(_walk(given, collection, skip))
         if not found and len(collection.rejections) == before:
             suffixes = ", ".join(sorted(IMAGE_SUFFIXES | DICOM_SUFFIXES))
-            reason = f"a folder without radiographs (looked for {suffixes}, and DICOM files without a suffix)"
+            reason = f"a folder without radiographs (looked for {suffixes}, and DICOM files of any name)"
             collection.rejections.append(Rejection(given, reason, str(given)))
         yield from found
     elif stat.S_ISREG(mode):
@@ -158,10 +158,12 @@ def _walk(folder: Path, collection: Collection, skip: Path | None) -> Iterable[P
             path = Path(parent, name)
             if name.startswith(".") or name == "DICOMDIR":
                 continue
-            if path.suffix.lower() in IMAGE_SUFFIXES | DICOM_SUFFIXES or (not path.suffix and _has_dicom_magic(path)):
+            suffix = path.suffix.lower()
+            if suffix in IMAGE_SUFFIXES | DICOM_SUFFIXES or _has_dicom_magic(path):
                 yield path
             else:
-                collection.ignored[path.suffix.lower() or "no suffix"] += 1
+                kind = "without a suffix" if not suffix or suffix[1:].isdigit() else suffix  # a UID ends in a number
+                collection.skipped[kind] += 1
 
 
 def _has_dicom_magic(path: Path) -> bool:

@@ -13,6 +13,8 @@ command again to pick up where it stopped.
 import asyncio
 import inspect
 import json
+import math
+import re
 import secrets
 import sys
 import time
@@ -129,6 +131,7 @@ def _predict(options: Options, console: Console) -> int:
     outcome = Outcome(
         flow=options.flow,
         model_version=run.client.version,
+        phantoms=run.client.phantoms,
         url=options.url,
         parts=run.parts,
         threshold=options.threshold,
@@ -170,11 +173,10 @@ async def _run(options: Options, collection: Collection, console: Console) -> Pr
             )
             run.reject(collection.rejections)
             await run.predict(collection.sources)
-    if collection.ignored:
-        kinds = ", ".join(f"{count} {suffix}" for suffix, count in sorted(collection.ignored.items()))
-        console.print(
-            f"[dim]left alone in the folders, not radiographs by their names: {_shown(kinds)}[/]", soft_wrap=True
-        )
+    if skipped := collection.skipped.total():
+        kinds = ", ".join(f"{count} {suffix}" for suffix, count in collection.skipped.most_common(6))
+        files = "1 file" if skipped == 1 else f"{skipped} files"
+        console.print(f"[dim]skipped {files} in the folders, no images: {_shown(kinds)}[/]", soft_wrap=True)
     return run
 
 
@@ -221,8 +223,16 @@ def _check(options: Options, paths: Sequence[Path]) -> None:
         raise UsageError(f"--threshold: expected a probability between 0 and 1, got {options.threshold}")
     if options.concurrency < 1:
         raise UsageError(f"--concurrency: expected 1 or more, got {options.concurrency}")
-    if not options.timeout_s > 0:
+    if not 0 < options.timeout_s < math.inf:
         raise UsageError(f"--timeout-s: expected more than 0 seconds, got {options.timeout_s}")
+    if not options.unstable_margin >= 0:
+        raise UsageError(f"--unstable-margin: expected 0 or more, got {options.unstable_margin}")
+    if not re.fullmatch(r".+:\d+", options.url):
+        raise UsageError(f"--url: expected HOST:PORT of the server's gRPC endpoint, got {options.url!r}")
+    if not re.fullmatch(r"\d*", options.model_version):
+        raise UsageError(f"--model-version: expected a number, got {options.model_version!r}")
+    if taken := [path for path in (options.out, *options.out.parents) if path.exists() and not path.is_dir()]:
+        raise UsageError(f"--out {options.out}: {taken[0]} is a file: results need a folder of their own")
     if options.out.resolve() in {path.resolve() for path in options.paths}:
         raise UsageError(f"--out {options.out} is one of the inputs: results need a folder of their own")
 
@@ -264,6 +274,9 @@ def _summarise(options: Options, outcome: Outcome, files: list[Path], seconds: f
     table.add_row("studies", ", ".join(f"{count} {verdict}" for verdict, count in verdicts.items()))
     version = f" version {outcome.model_version}" if outcome.model_version else ""
     table.add_row("model", f"{outcome.flow}{version}, abnormal at {outcome.threshold:g} or above")
+    if outcome.phantoms:
+        table.add_row("", f"trained on drawn phantoms (generator {outcome.phantoms}), never on a patient")
+    table.add_row("", "research use only; not a medical device")
     table.add_row("time", f"{seconds:.1f} s")
     for path in files:
         table.add_row("", _shown(str(path)))

@@ -12,7 +12,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
 
-SCHEMA = "scaphoid.prediction/1"
+from scaphoid.trainer.contracts import PREDICTION_SCHEMA
+
 STUDY_SCHEMA = "scaphoid.study/1"
 STAGES = ("main", "object", "parts", "global", "local")
 
@@ -55,7 +56,7 @@ class Prediction:
         return replace(self, threshold=threshold, verdict=verdict(self.score, threshold))
 
     def line(self) -> str:
-        return json.dumps({"schema": SCHEMA, **asdict(self)}, allow_nan=False) + "\n"
+        return json.dumps({"schema": PREDICTION_SCHEMA, **asdict(self)}, allow_nan=False) + "\n"
 
 
 @dataclass(frozen=True)
@@ -201,8 +202,8 @@ def _read_lines(path: Path) -> tuple[list[Prediction], int]:
     for number, line in enumerate(complete.splitlines(), start=1):
         try:
             record = json.loads(line)
-            if (found := record.pop("schema", None)) != SCHEMA:
-                raise ValueError(f"its schema is {found!r}, expected {SCHEMA!r}")
+            if (found := record.pop("schema", None)) != PREDICTION_SCHEMA:
+                raise ValueError(f"its schema is {found!r}, expected {PREDICTION_SCHEMA!r}")
             predictions.append(Prediction(**record))
         except (ValueError, TypeError, AttributeError) as error:
             raise ValueError(

@@ -3,6 +3,7 @@
 scaphoid-serve repository --flows msfm kalm
 """
 
+import math
 import signal
 import sys
 import threading
@@ -40,7 +41,9 @@ def main() -> None:
     arguments = tyro.cli(Arguments)
     flows = tuple(flow for group in arguments.flows for flow in group.split(",") if flow)
     if unknown := [flow for flow in flows if flow not in FLOWS]:
-        sys.exit(f"scaphoid-serve: unknown flow {unknown[0]!r}: expected one of {', '.join(FLOWS)}")
+        sys.exit(f"scaphoid-serve: unknown flow {unknown[0]}: expected one of {', '.join(FLOWS)}")
+    if not 0 < arguments.canary_interval_s < math.inf:
+        sys.exit(f"scaphoid-serve: --canary-interval-s: expected more than 0 s, got {arguments.canary_interval_s}")
     for number in SIGNALS:
         signal.signal(number, interrupt)
     ports = (arguments.http_port, arguments.grpc_port, arguments.metrics_port)

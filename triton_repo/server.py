@@ -10,6 +10,7 @@ death of a backend's process it stays 200 while every request fails. Imports no 
 import json
 import math
 import os
+import re
 import secrets
 import shutil
 import signal
@@ -42,6 +43,7 @@ SHARED_MEMORY = Path("/dev/shm")
 BACKENDS = Path(__file__).parent / "backends"
 FOLDER_PREFIX = ".scaphoid-server-"  # then the supervisor's PID
 MARKER = "made-by-scaphoid-server"
+TRITON_ERROR = re.compile(r"E\d{4} |error: |.*error while loading shared libraries")
 # Ends the server when the supervisor's thread that started it ends, however it ends (PR_SET_PDEATHSIG, SIGTERM).
 DIE_WITH_PARENT = "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 15); os.execv(sys.argv[1], sys.argv[1:])"
 
@@ -71,6 +73,7 @@ class Server:
         self._folder: Path | None = None
         self._binary: Path | None = None
         self._process: subprocess.Popen | None = None
+        self._log_start = 0  # in bytes: where the running process began to write
 
     @property
     def pid(self) -> int:
@@ -113,6 +116,7 @@ class Server:
             "LD_LIBRARY_PATH": f"{sysconfig.get_config_var('LIBDIR')}:{_site_packages() / 'nvidia_pytriton.libs'}",
         }
         with (self._folder / "server.log").open("ab") as log:  # its own session: Ctrl-C is for the supervisor
+            self._log_start = log.tell()
             self._process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
 
     def _await_answers(self, deadline: float) -> None:
@@ -132,14 +136,12 @@ class Server:
             time.sleep(0.1)
 
     def _log_errors(self) -> str:
-        lines = (self._folder / "server.log").read_text(errors="replace").splitlines()
-        lines = [line for line in lines if "CudaDriverHelper" not in line]  # there is no GPU, and none is needed
-        told = (
-            [line for line in lines if line[:1] == "E"]
-            or [line for line in lines if line.startswith("error:")]
-            or lines
-        )
-        return " | ".join(line.strip() for line in told[-3:]) or "it said nothing"
+        """What Triton itself called an error since it was launched. Other lines are not passed on: what a library
+        prints may quote the image that it worked on."""
+        log = (self._folder / "server.log").read_bytes()[self._log_start :].decode(errors="replace")
+        told = [line.strip() for line in log.splitlines() if TRITON_ERROR.match(line)]
+        told = [line for line in told if "CudaDriverHelper" not in line]  # there is no GPU, and none is needed
+        return " | ".join(told[-3:]) or "its log names no error"
 
     def _request(
         self, method: str, path: str, body: dict | None = None, timeout: float = CANARY_TIMEOUT_S
@@ -171,7 +173,9 @@ class Server:
             raise ServerError(f"flow {flow} does not answer: {error}") from None
         if status != 200:
             kind = CanaryLate if status == UNAVAILABLE else ServerError
-            raise kind(f"flow {flow} answers with an error: {answer.get('error', f'HTTP status {status}')}")
+            told = str(answer.get("error") or f"HTTP status {status}").splitlines()[0]
+            told = told.removeprefix(f"in ensemble '{flow}', ")
+            raise kind(f"flow {flow} answers with an error (Triton: {told})")
         values = {output["name"]: output["data"] for output in answer["outputs"]}
         if bad := [name for name in outputs if not values.get(name) or not all(map(math.isfinite, values[name]))]:
             raise ServerError(f"flow {flow} answers without a finite {', '.join(bad)}")

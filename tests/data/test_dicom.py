@@ -5,7 +5,10 @@ import io
 import numpy as np
 import pydicom
 import pytest
+from PIL import Image
+from pydicom import uid
 from pydicom.data import get_testdata_file
+from pydicom.encaps import encapsulate
 from pydicom.uid import ExplicitVRLittleEndian, generate_uid
 
 from scaphoid.trainer.data.dicom import DicomRadiograph, read_dicom, to_pgm
@@ -195,6 +198,63 @@ def test_unfit_files_are_rejected_in_one_line_that_quotes_no_person(name, recwar
 def test_bundled_files_that_are_no_radiographs(name, reason):
     with pytest.raises(RejectedImage, match=reason):
         read_dicom(bundled(name), SALT)
+
+
+# -- the compressed frame's own header
+
+
+def compressed(frame: bytes, syntax: str, **tags) -> bytes:
+    """A file whose header says 50 x 70 pixels of 8 bits around a compressed `frame`."""
+    dataset = pydicom.dcmread(io.BytesIO(dicom(EIGHT_BITS, **tags)))
+    dataset.file_meta.TransferSyntaxUID = syntax
+    dataset.PixelData = encapsulate([frame])
+    file = io.BytesIO()
+    dataset.save_as(file, enforce_file_format=True)
+    return file.getvalue()
+
+
+def jpeg(shape: tuple[int, ...], **options) -> bytes:
+    file = io.BytesIO()
+    picture = np.resize(EIGHT_BITS, shape)
+    Image.fromarray(picture).save(file, **{"format": "JPEG", "quality": 95} | options)
+    return file.getvalue()
+
+
+EIGHT_BITS = (RAMP // 16).astype(np.uint8)
+JPEG_2000 = {"format": "JPEG2000", "irreversible": False}
+LARGE_LS = b"\xff\xd8\xff\xf7\x00\x0b\x08\xea\x60\xea\x60\x01\x01\x11\x00" + bytes(100)  # 60000 x 60000
+
+
+@pytest.mark.parametrize(
+    ("frame", "syntax"),
+    [
+        (jpeg((50, 70)), uid.JPEGBaseline8Bit),
+        (jpeg((50, 70), **JPEG_2000, no_jp2=True), uid.JPEG2000Lossless),
+        (jpeg((50, 70), **JPEG_2000, no_jp2=False), uid.JPEG2000Lossless),  # within boxes, which no file should have
+    ],
+)
+def test_a_frame_of_the_size_in_the_header_is_read(frame, syntax):
+    assert np.abs(read_dicom(compressed(frame, syntax), SALT).pixels.astype(int) - EIGHT_BITS).max() <= 3
+
+
+@pytest.mark.parametrize(
+    ("frame", "syntax", "reason"),
+    [
+        (jpeg((2000, 3000)), uid.JPEGBaseline8Bit, "say 3000 x 2000 pixels in 1 channels, its header 70 x 50"),
+        (jpeg((50, 70, 3)), uid.JPEGBaseline8Bit, "70 x 50 pixels in 3 channels"),
+        (jpeg((2000, 3000), **JPEG_2000, no_jp2=True), uid.JPEG2000Lossless, "3000 x 2000"),
+        (jpeg((2000, 3000), **JPEG_2000, no_jp2=False), uid.JPEG2000, "3000 x 2000"),
+        (LARGE_LS, uid.JPEGLSLossless, "60000 x 60000"),
+        (jpeg((50, 70))[:30], uid.JPEGBaseline8Bit, "say no size"),
+        (b"not a codestream", uid.JPEG2000, "say no size"),
+        (bytes(64) + b"\x81\x00" * 4000, uid.RLELossless, "more compressed bytes"),
+    ],
+)
+def test_a_frame_larger_than_the_header_says_is_refused_before_it_is_decoded(monkeypatch, frame, syntax, reason):
+    data = compressed(frame, syntax)
+    monkeypatch.setattr(pydicom.Dataset, "pixel_array", property(lambda dataset: pytest.fail("it was decoded")))
+    with pytest.raises(RejectedImage, match=reason):
+        read_dicom(data, SALT)
 
 
 def test_a_missing_path_is_named(tmp_path):

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from scaphoid.trainer.data.guard import MAX_PIXELS, RejectedImage, check_encoded, check_levels
+from scaphoid.trainer.data.guard import MAX_PIXELS, RejectedImage, check_decoded, check_encoded
 
 GREY = np.add.outer(np.arange(47) * 3, np.arange(61) * 2).astype(np.uint8)
 
@@ -94,7 +94,16 @@ BAD = {
     "jpeg signature alone": (b"\xff\xd8", "truncated"),
     "jpeg cut": (GOOD["jpeg"][:-20], "no end marker"),
     "jpeg cut in header": (GOOD["jpeg"][:100], "truncated"),
-    "jpeg of many scans": (GOOD["jpeg"][:-2] + b"\xff\xda" * 200 + b"\xff\xd9", "scans"),
+    "jpeg of many scans": (
+        GOOD["jpeg"][:-2] + b"\xff\xda\0\x08\1\1\0\0\x3f\0" * 200 + b"\xff\xd9",
+        "more than 100 scans",
+    ),
+    "jpeg of an end marker": (b"\xff\xd8\xff\xd9" + bytes(50), "ends before its pixels"),
+    "jpeg without frame": (b"\xff\xd8\xff\xda\0\x08\1\1\0\0\x3f\0", "no frame header"),
+    "jpeg progressive, closed early": (
+        GOOD["jpeg progressive"][: GOOD["jpeg progressive"].rindex(b"\xff\xda")] + b"\xff\xd9",
+        "before its last scan",
+    ),
     "bmp cut": (GOOD["bmp"][:-1], "truncated"),
     "bmp signature alone": (b"BM", "truncated"),
     "tiff cut": (GOOD["tiff 16 bit"][: len(GOOD["tiff 16 bit"]) // 2], "truncated"),
@@ -147,12 +156,22 @@ def test_opacity_is_seen_through_every_png_filter(level):
         check_encoded(encode(noise, "PNG", compress_level=level))
 
 
+def judge(data: bytes, picture: list[int]) -> None:
+    check_decoded(data, check_encoded(data), np.array([[picture]], np.uint8))
+
+
 def test_unscaled_12_bit_data_is_rejected():
-    header = check_encoded(GOOD["png 16 bit"])
-    check_levels(header, np.array([0, 64], np.uint8))
-    check_levels(check_encoded(GOOD["png"]), np.array([0, 15], np.uint8))  # 8 bits may be dark
+    judge(GOOD["png 16 bit"], [0, 64])
+    judge(GOOD["png"], [0, 15])  # 8 bits may be dark
     with pytest.raises(RejectedImage, match="unscaled 12-bit"):
-        check_levels(header, np.array([0, 15], np.uint8))
+        judge(GOOD["png 16 bit"], [0, 15])
+
+
+@pytest.mark.parametrize("level", [0, 128, 255])
+@pytest.mark.parametrize("name", ["png", "png 16 bit", "jpeg", "tiff", "bmp", "pgm"])
+def test_a_blank_picture_is_rejected(name, level):
+    with pytest.raises(RejectedImage, match=r"^every pixel has the same value: blank radiograph$"):
+        judge(GOOD[name], [level, level])
 
 
 @settings(max_examples=300, deadline=None)

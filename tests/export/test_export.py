@@ -107,7 +107,7 @@ def png(seed: int) -> bytes:
 def test_kalm_from_weights_to_answers(tmp_path):
     torch.manual_seed(3)
     weights, artefacts, flow = tmp_path / "kalm.safetensors", tmp_path / "artefacts", FLOWS["kalm"]
-    save_model(weights, Kalm(KalmConfig("test_resnet", image_size=160, key_size=96)))
+    save_model(weights, Kalm(KalmConfig("test_resnet", image_size=160, key_size=96)), phantoms="1.0.0", images=3)
     export([weights], artefacts)
     manifest = verify(artefacts)
     assert manifest["flows"] == ["kalm"]
@@ -115,6 +115,7 @@ def test_kalm_from_weights_to_answers(tmp_path):
     assert {"preprocess/model.dali", "key_area_crop/model.pt", OPS_LIBRARY} < set(manifest["files"])
     (origin,) = manifest["weights"]
     assert (origin["system"], origin["config"]["key_size"]) == ("kalm", 96)
+    assert (origin["flows"], origin["phantoms"]) == (["kalm"], "1.0.0")
     assert manifest["stages"]["key_area_crop"]["outputs"][1]["dims"] == [1, 96, 96]
 
     images = []

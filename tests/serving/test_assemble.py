@@ -7,7 +7,7 @@ from scaphoid.export.artefacts import MANIFEST, OPS_LIBRARY, ManifestError, veri
 from scaphoid.trainer.contracts import STAGES
 from scaphoid.trainer.flows import FLOWS
 from scaphoid.triton_repo.assemble import CONFIGS, assemble
-from scaphoid.triton_repo.configs import CONFIG, WEIGHTS, ConfigError, check, read
+from scaphoid.triton_repo.configs import CONFIG, TRAINED_ON_PHANTOMS, WEIGHTS, ConfigError, check, read
 
 SIZES = {"height": 230, "width": 230, "map_height": 8, "map_width": 9, "part_height": 115, "part_width": 115}
 SIZES |= {"key_height": 115, "key_width": 115, "bytes": 33}
@@ -17,7 +17,7 @@ def describe(tensors):
     return [{"name": t.name, "dtype": t.dtype, "dims": [SIZES.get(dim, dim) for dim in t.dims]} for t in tensors]
 
 
-def make_artefacts(folder, flows=("msfm", "msfm_fma", "kalm"), precision="f32", weights="ab12"):
+def make_artefacts(folder, flows=("msfm", "msfm_fma", "kalm"), precision="f32", weights="ab12", origins=None):
     """Artefacts as scaphoid-export lays them out, with words for engines: assembling does not look inside."""
     stages = {}
     for name in {name for flow in flows for name in FLOWS[flow].stages}:
@@ -27,7 +27,8 @@ def make_artefacts(folder, flows=("msfm", "msfm_fma", "kalm"), precision="f32", 
         stages[name] = {"kind": stage.kind, "inputs": describe(stage.inputs), "outputs": describe(stage.outputs)}
     (folder / OPS_LIBRARY).write_text("library")
     content = {"flows": list(flows), "precision": precision, "image_size": 230, "stages": stages}
-    write_manifest(folder, content | {"weights": [{"file": "w.safetensors", "sha256": weights}]})
+    origins = origins or [{"file": "w.safetensors", "sha256": weights, "flows": list(flows)}]
+    write_manifest(folder, content | {"weights": origins})
     return folder
 
 
@@ -74,6 +75,18 @@ def test_retrained_weights_show_in_every_flow(tmp_path):
         )
     assert all(len(each) == 1 and len(*each) == 8 for each in found)
     assert found[0] == found[1] != found[2]
+
+
+def test_weights_that_know_phantoms_alone_mark_their_flows(tmp_path):
+    origins = [
+        {"file": "m", "sha256": "ab12", "flows": ["msfm", "msfm_fma"]},
+        {"file": "k", "sha256": "cd34", "flows": ["kalm"], "phantoms": "1.0.0"},
+    ]
+    assemble(make_artefacts(tmp_path / "artefacts", origins=origins), tmp_path / "repository")
+    parameters = {flow: check(tmp_path / "repository" / flow / CONFIG).parameters for flow in FLOWS}
+    assert parameters["kalm"][TRAINED_ON_PHANTOMS].string_value == "1.0.0"
+    assert TRAINED_ON_PHANTOMS not in parameters["msfm"]
+    assert TRAINED_ON_PHANTOMS not in parameters["msfm_fma"]
 
 
 def test_one_flow_brings_its_models_only(tmp_path):

@@ -39,20 +39,25 @@ def dicom(path, uid="1.2.3", pixels=None):
     return path
 
 
-def test_folders_are_walked_in_order_and_other_files_left_alone(tmp_path):
+def test_folders_are_walked_in_order_and_other_files_skipped(tmp_path):
     for name in ("b/2.PNG", "b/1.jpeg", "a/x/deep.bmp", ".hidden/no.png", "a/._no.png"):
         png(tmp_path / name, format="PNG")
     (tmp_path / "notes.txt").write_text("notes")
     (tmp_path / "README").write_text("no suffix, no DICOM magic")
+    (tmp_path / "1.2.840.113619.5").write_text("named by a UID, no DICOM magic")
+    dicom(tmp_path / "1.2.840.113619.4")
     dicom(tmp_path / "IM0001")
+    dicom(tmp_path / "odd.bak")
     collection = collect([tmp_path])
     assert [str(source.path.relative_to(tmp_path)) for source in collection.sources] == [
+        "1.2.840.113619.4",
         "IM0001",
+        "odd.bak",
         "a/x/deep.bmp",
         "b/1.jpeg",
         "b/2.PNG",
     ]
-    assert collection.ignored == {".txt": 1, "no suffix": 1}
+    assert collection.skipped == {".txt": 1, "without a suffix": 2}
     assert not collection.rejections
 
 

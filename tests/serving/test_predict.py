@@ -203,6 +203,13 @@ def test_bad_inputs_are_one_line_each_and_the_others_are_predicted(predict, radi
     assert "[bold]odd\N{REPLACEMENT CHARACTER}name.png: empty" in predict.err
 
 
+def test_files_that_are_no_images_are_counted(predict, radiographs):
+    for name in ("notes.txt", "more.TXT", "1.2.840.7"):
+        (radiographs / name).write_text("no radiograph")
+    assert predict(radiographs) == 0
+    assert "skipped 3 files in the folders, no images: 2 .txt, 1 without a suffix" in predict.err
+
+
 def test_copies_count_once_in_their_study(predict, radiographs, tmp_path):
     study = radiographs / "XR_WRIST/patient00001/study1_positive"
     shutil.copy(study / "image1.png", study / "image3.png")
@@ -236,7 +243,8 @@ def test_image_that_fails_twice_is_tried_again_by_the_next_run(predict, radiogra
 
 def test_image_that_the_server_refuses_is_not_sent_twice(predict, radiographs, fake_server, refusal):
     path = next(radiographs.rglob("*.png"))
-    fake_server.behave = refusal(grpc.StatusCode.INVALID_ARGUMENT, "unscaled 12-bit data", of=path.read_bytes())
+    message = "in ensemble 'msfm', unscaled 12-bit data"  # Triton puts the ensemble before a stage's reason
+    fake_server.behave = refusal(grpc.StatusCode.INVALID_ARGUMENT, message, of=path.read_bytes())
     assert predict(radiographs) == 1
     assert len(fake_server.sent) == 6
     assert f"rejected {path}: refused by the server: unscaled 12-bit data" in predict.err
@@ -263,10 +271,20 @@ def test_usage_errors_exit_2_and_say_what_to_do(predict, radiographs, tmp_path):
         ([radiographs, "--split", "test"], "--split"),
         (["--index", tmp_path / "nowhere"], "--index"),
         ([tmp_path / "out"], "one of the inputs"),
+        ([radiographs, "--timeout-s", "inf"], "--timeout-s"),
+        ([radiographs, "--unstable-margin", "-1"], "--unstable-margin"),
+        ([radiographs, "--model-version", "newest"], "--model-version: expected a number"),
     ):
         assert predict(*arguments) == 2
         assert word in predict.err
-    (tmp_path / "out").mkdir(exist_ok=True)
+    for url in ("", "nowhere", "http://127.0.0.1:8001/"):
+        assert main([str(radiographs), "--url", url, "--out", str(tmp_path / "out")]) == 2
+    (tmp_path / "out").touch()
+    assert predict(radiographs) == 2
+    assert "out is a file" in predict.err
+    assert main([str(radiographs), "--out", str(tmp_path / "out/deeper")]) == 2
+    (tmp_path / "out").unlink()
+    (tmp_path / "out").mkdir()
     (tmp_path / "out/predictions.jsonl").write_text('{"something": "else"}\n')
     assert predict(radiographs) == 2
     assert "line 1 is not a prediction" in predict.err
@@ -293,6 +311,15 @@ def test_index_gives_images_studies_and_splits(predict, radiographs, fake_server
     assert predict("--index", radiographs, "--split", "test") == 0
     assert len(fake_server.sent) == 5
     assert {record["study"] for record in lines(tmp_path / "out/studies.jsonl")} == {"wrist/p0/s1", "wrist/p1/s1"}
+
+
+@pytest.mark.parametrize("phantoms", ["", "1.0.0"])
+def test_report_and_summary_tell_what_the_weights_know(predict, radiographs, fake_server, tmp_path, phantoms):
+    fake_server.phantoms = phantoms
+    predict(radiographs, report=True)
+    report = (tmp_path / "out/report.html").read_text()
+    assert ("Trained on synthetic phantoms." in report) == ("never on a patient" in predict.out) == bool(phantoms)
+    assert "not a medical device" in predict.out
 
 
 def test_overlays_and_report_are_not_taken_for_inputs(predict, radiographs, fake_server, tmp_path):

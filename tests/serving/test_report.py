@@ -1,4 +1,4 @@
-"""The HTML report, the overlays and the strips."""
+"""The HTML report and the overlays."""
 
 import re
 import shutil
@@ -41,10 +41,9 @@ def prediction(image, study="s", probability=0.8, **changes):
     return Prediction(**known | changes).judged(0.5)
 
 
-def outcome(predictions, truth=None):
-    return Outcome(
-        "msfm", "3", "127.0.0.1:8001", False, 0.5, 1e-4, predictions, studies_of(predictions, 0.5), truth or {}
-    )
+def outcome(predictions, truth=None, phantoms=""):
+    studies = studies_of(predictions, 0.5)
+    return Outcome("msfm", "3", phantoms, "127.0.0.1:8001", False, 0.5, 1e-4, predictions, studies, truth or {})
 
 
 @pytest.fixture
@@ -57,7 +56,7 @@ def image(tmp_path):
 class Page(HTMLParser):
     """Checks that tags close in order, and gathers attributes and text."""
 
-    VOID = ("meta", "img", "input", "br")
+    VOID = ("meta", "input", "br")
 
     def __init__(self, text):
         super().__init__()
@@ -150,13 +149,64 @@ def test_the_report_stays_small_and_says_what_it_left_out(tmp_path, monkeypatch)
         Image.fromarray(np.roll(noise, number)).save(path)
         predictions.append(prediction(path, f"study {number}", 0.9 - number / 10, width=503, height=701))
     parsed, _ = page(tmp_path, outcome(predictions))
-    assert parsed.tags.count("img") == 5
-    pictures_bytes = sum(len(value) for name, value in parsed.attributes if name == "src")
+    assert parsed.tags.count("image") == 5
+    pictures_bytes = sum(len(value) for name, value in parsed.attributes if name == "href" and value[0] != "#")
     assert pictures_bytes < 5 * 40_000  # noise is the worst there is: the smallest size, whatever it takes
     assert "Further studies, without pictures (2)" in parsed.text
     assert "at most 5 pictures" in parsed.text
     assert "predictions.jsonl" in parsed.text
     assert "study 6" in parsed.text
+
+
+def test_the_closer_look_is_the_main_box_of_the_same_picture(tmp_path, image):
+    _, text = page(tmp_path, outcome([prediction(image)]))
+    closer = text[text.index('<div class="closer"') : text.index("</figure>")]
+    assert 'viewBox="10.0 12.0 70.0 98.0"' in closer
+    assert closer.count('<use href="#i1"/>') == 1
+    assert closer.count('<rect class="window key"') == 7
+    assert closer.count('<rect class="box key" x="20.0"') == 1
+    assert text.count("data:image/jpeg") == 1
+
+
+@pytest.mark.parametrize("phantoms", ["", "1.0.0"])
+def test_weights_that_know_phantoms_alone_say_so_at_the_top(tmp_path, image, phantoms):
+    parsed, text = page(tmp_path, outcome([prediction(image)], phantoms=phantoms))
+    assert ("Trained on synthetic phantoms." in text[: text.index("<main>")]) == bool(phantoms)
+    assert ("phantom generator 1.0.0" in parsed.text) == bool(phantoms)
+
+
+def labelled(image, labels, wrong=0):
+    """That many predictions of one picture, by their labels, the first `wrong` scores upside down, and their truth."""
+    predictions, truth = [], {}
+    for number, label in enumerate(labels):
+        score = (0.2 + 0.6 * (label != (number < wrong))) + number / 10_000
+        predictions.append(prediction(f"{image}.{number}", f"p{number}/s", score))
+        truth[predictions[-1].image] = Radiograph("x", f"p{number}", "s", "", "wrist", label, None, 90, 130, "all")
+    return predictions, truth
+
+
+def test_labels_of_the_index_give_an_auroc_with_its_interval(tmp_path, image):
+    parsed, _ = page(tmp_path, outcome(*labelled(image, [0, 1] * 60, wrong=6)))
+    assert "Against the labels of the index" in parsed.text
+    value, low, high = map(float, re.search(r"(0\.\d{3}) \((0\.\d{3})-([01]\.\d{3})\)", parsed.text).groups())
+    assert low < value < high
+    assert "Plumbing, not accuracy" not in parsed.text
+    assert parsed.text.count("label: abnormal") == 60
+
+
+@pytest.mark.parametrize("labels", [[0, 1] * 20, [0, 0, 1]])
+def test_few_labels_are_plumbing_not_accuracy(tmp_path, image, labels):
+    parsed, _ = page(tmp_path, outcome(*labelled(image, labels)))
+    assert "Plumbing, not accuracy" in parsed.text
+
+
+def test_one_class_alone_has_no_auroc(tmp_path, image):
+    parsed, _ = page(tmp_path, outcome(*labelled(image, [1, 1])))
+    assert "auroc is undefined: no normal images" in parsed.text
+
+
+def test_without_an_index_nothing_is_compared(tmp_path, image):
+    assert "Against the labels" not in page(tmp_path, outcome([prediction(image)]))[0].text
 
 
 def test_an_empty_run_still_reports(tmp_path):
@@ -218,22 +268,6 @@ def test_boxes_at_and_over_the_edge_are_drawn(tmp_path):
         np.zeros((40, 37), np.uint8), box=(-5.0, -5.0, 60.0, 60.0), truth=[(36.9, 39.9, 37.0, 40.0)]
     )
     assert pixel_near(picture, RGB["box"], 34, 34)
-
-
-def test_strip_has_a_panel_a_step():
-    image = np.random.default_rng(0).integers(0, 255, (130, 90), dtype=np.uint8)
-    figure = pictures.strip(
-        image, (10, 12, 80, 110), (20, 30, 50, 60), windows=[(15, 20, 45, 55)], suppressed=image // 2, title="wrist"
-    )
-    assert [axes.get_title() for axes in figure.axes] == [
-        "original",
-        "artefacts suppressed",
-        "closer look",
-        "final box",
-    ]
-    assert figure.axes[2].get_xlim() == (10, 80)
-    assert figure.axes[2].get_ylim() == (110, 12)
-    figure.canvas.draw()
 
 
 def test_overlay_names_are_readable_and_distinct():

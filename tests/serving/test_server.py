@@ -1,23 +1,16 @@
 """The real Triton server, over HTTP and gRPC. The slow tests share one server on tiny untrained models."""
 
 import asyncio
-import contextlib
 import io
-import itertools
-import json
 import os
 import re
 import runpy
 import shutil
 import signal
-import socket
 import subprocess
 import sys
-import threading
 import time
-import types
 from concurrent.futures import ThreadPoolExecutor
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -27,19 +20,14 @@ import tritonclient.http
 from PIL import Image
 from tritonclient.utils import InferenceServerException
 
-from scaphoid.export.artefacts import ManifestError, verify
+from scaphoid.export.artefacts import verify
 from scaphoid.trainer.flows import FLOWS
 from scaphoid.triton_repo import server as server_module
 from scaphoid.triton_repo.assemble import assemble, weights_hash
 from scaphoid.triton_repo.client import FlowClient
 from scaphoid.triton_repo.configs import CONFIG
 from scaphoid.triton_repo.server import (
-    FOLDER_PREFIX,
-    MARKER,
     SHARED_MEMORY,
-    CanaryLate,
-    Server,
-    ServerError,
     running_server,
 )
 
@@ -56,6 +44,19 @@ def png(seed: int, width: int = 231, height: int = 187) -> bytes:
     file = io.BytesIO()
     small.resize((width + 7 * seed, height + 5 * seed), Image.Resampling.BICUBIC).save(file, "png")
     return file.getvalue()
+
+
+def blank() -> bytes:
+    file = io.BytesIO()
+    Image.new("L", (90, 70), 128).save(file, "jpeg")
+    return file.getvalue()
+
+
+def cut_jpeg() -> bytes:
+    """Half of a file's pixels, closed with an end marker."""
+    file = io.BytesIO()
+    Image.open(io.BytesIO(png(5))).save(file, "jpeg", quality=95)
+    return file.getvalue()[: file.tell() // 2].rstrip(b"\xff") + b"\xff\xd9"
 
 
 @pytest.fixture(scope="module")
@@ -183,7 +184,7 @@ def test_steps_that_nobody_asked_for_do_not_run(server):
 @slow
 def test_bad_inputs_mixed_with_good_ones(server, runner):
     good = [(encoded, runner("msfm", encoded, ["probability", "box"])) for encoded in GOOD.values()]
-    bad = list(BAD.values())
+    bad = [*BAD.values(), (blank(), "blank radiograph"), (cut_jpeg(), "pixels end early")]
 
     def one(index: int) -> None:
         if index % 2:
@@ -308,116 +309,3 @@ def test_scaphoid_serve_leaves_nothing_behind(repository, number):
     assert children
     assert not any(Path(f"/proc/{pid}").exists() for pid in children)
     process.stderr.close()
-
-
-def test_a_repository_without_manifest_is_refused(tmp_path):
-    with pytest.raises(ManifestError, match=r"manifest\.json"), running_server(tmp_path):
-        pass
-
-
-@pytest.fixture
-def bare(tmp_path, monkeypatch):
-    """A repository whose manifest is in order; no server is started on it."""
-    monkeypatch.setattr(server_module, "verify", lambda folder: {"flows": ["msfm"]})
-    return tmp_path
-
-
-def test_a_flow_that_the_repository_lacks_is_named(bare):
-    with pytest.raises(ManifestError, match="no flow kalm"), running_server(bare, ["kalm"]):
-        pass
-
-
-def test_a_port_in_use_is_named(bare):
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        port = taken.getsockname()[1]
-        with pytest.raises(ServerError, match=f"port {port}"), running_server(bare, ports=(port, port + 1, port + 2)):
-            pass
-
-
-@pytest.mark.parametrize("missing", ["tritonserver", "backend process for Python"])
-def test_a_missing_binary_is_named(bare, tmp_path, monkeypatch, missing):
-    if missing != "tritonserver":
-        (tmp_path / "pytriton/tritonserver/bin").mkdir(parents=True)
-        (tmp_path / "pytriton/tritonserver/bin/tritonserver").touch()
-    monkeypatch.setattr(server_module, "_site_packages", lambda: tmp_path)
-    with pytest.raises(ServerError, match=missing), running_server(bare):
-        pass
-
-
-def test_folders_of_killed_supervisors_are_removed(tmp_path):
-    child = subprocess.Popen([sys.executable, "-S", "-c", ""])
-    child.wait()
-    dead, alive = f"{FOLDER_PREFIX}{child.pid}-x", f"{FOLDER_PREFIX}{os.getpid()}-x"
-    unmarked = {f"{FOLDER_PREFIX}{child.pid}-results", f"scaphoid-{child.pid}-results"}
-    for name in {dead, alive} | unmarked:
-        (tmp_path / name / "backends").mkdir(parents=True)
-    for name in (dead, alive):
-        (tmp_path / name / MARKER).touch()
-    server_module.remove_leftovers(tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {alive} | unmarked
-
-
-@pytest.mark.parametrize(
-    ("status", "growth", "restarted"),
-    [
-        (None, 1, False),  # no answer to the canary, but others are answered: busy
-        (503, 1, False),  # the queue is full
-        (None, 0, True),  # it hangs
-        (500, 1, True),  # a backend's process is dead
-    ],
-)
-def test_a_late_canary_restarts_only_a_server_that_answers_nobody(tmp_path, monkeypatch, status, growth, restarted):
-    stop, recovered, checks = threading.Event(), [], itertools.count(1)
-
-    class Triton(BaseHTTPRequestHandler):
-        def do_GET(self):
-            check = next(checks)
-            self.answer(200, {"model_stats": [{"inference_stats": {"success": {"count": 7 + growth * check}}}]})
-            if check == 4:
-                stop.set()
-
-        def do_POST(self):
-            if status is None:
-                stop.wait(10)
-            self.answer(status or 200, {"error": "no"})
-
-        def answer(self, status, content):
-            body = json.dumps(content).encode()
-            with contextlib.suppress(OSError):  # the canary is gone
-                self.send_response(status)
-                self.send_header("Content-Length", str(len(body)))
-                self.end_headers()
-                self.wfile.write(body)
-
-        def log_message(self, *_):
-            pass
-
-    monkeypatch.setattr(server_module, "CANARY_TIMEOUT_S", 0.1)
-    with ThreadingHTTPServer(("127.0.0.1", 0), Triton) as stand_in:
-        threading.Thread(target=stand_in.serve_forever, daemon=True).start()
-        server = Server(tmp_path, ["kalm"], "127.0.0.1", (stand_in.server_port, 1, 2), lambda line: None)
-        monkeypatch.setattr(server, "_recover", lambda: (recovered.append(True), stop.set()))
-        server.watch(stop, interval_s=0.01)
-        stand_in.shutdown()
-    assert bool(recovered) == restarted
-
-
-def test_a_late_canary_while_starting_is_waited_for(tmp_path, monkeypatch):
-    server, canaries = Server(tmp_path, ["kalm"], "127.0.0.1", (1, 2, 3), print), []
-
-    def canary(flow):
-        canaries.append(flow)
-        if len(canaries) == 1:
-            raise CanaryLate("late")
-
-    monkeypatch.setattr(server, "_process", types.SimpleNamespace(poll=lambda: None))
-    monkeypatch.setattr(server, "_request", lambda *_, **__: (200, {}))
-    monkeypatch.setattr(server, "canary", canary)
-    server._await_answers(time.monotonic() + 30)
-    assert canaries == ["kalm", "kalm"]
-
-
-def test_verify_is_what_guards_the_start():
-    assert server_module.verify is verify

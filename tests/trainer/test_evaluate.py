@@ -8,9 +8,10 @@ from sklearn.metrics import roc_auc_score
 
 from scaphoid.trainer import figures
 from scaphoid.trainer.data.index import Index, Radiograph, read_index, write_index
-from scaphoid.trainer.evaluate import evaluate, join, main, read_predictions
+from scaphoid.trainer.evaluate import evaluate, main
 from scaphoid.trainer.localization import iou
 from scaphoid.trainer.metrics import Estimate
+from scaphoid.trainer.predictions import join, read_predictions
 
 WIDTH, HEIGHT = 300, 420
 STAGES = {"msfm": ("main", "object"), "kalm": ("global", "local")}

@@ -1,8 +1,7 @@
-"""Training runs end to end on a few small phantoms: resuming, the best checkpoint, what is frozen, the command line."""
+"""Training runs end to end on a few small phantoms: resuming, the best checkpoint, what is refused."""
 
 import json
-import subprocess
-import sys
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,14 +12,13 @@ from torch import Tensor
 
 from scaphoid.trainer import train as training_module
 from scaphoid.trainer.checkpoint import load_model, read_metadata
-from scaphoid.trainer.config import PAPER, Schedule, TrainConfig
+from scaphoid.trainer.config import Schedule, TrainConfig
 from scaphoid.trainer.data.index import Index, read_index, write_index
 from scaphoid.trainer.data.phantom.generate import Options, generate
-from scaphoid.trainer.losses import stage_loss
 from scaphoid.trainer.models.kalm import KalmConfig
 from scaphoid.trainer.models.msfm import MsfmConfig
 from scaphoid.trainer.models.plain import PlainConfig
-from scaphoid.trainer.train import Split, flip, jitter, load_splits, run_epoch, set_training, train
+from scaphoid.trainer.train import load_splits, train
 
 BACKBONE = "test_resnet"  # timm's resnet for tests: batch norm, stride 32, 0.4 million parameters
 SIZE = 96
@@ -96,14 +94,22 @@ def test_a_plain_run_leaves_its_configuration_history_and_best_weights(config):
     assert history(config) == lines
 
 
-def test_kalm_from_a_plain_classifier(config):
+def improving(monkeypatch: pytest.MonkeyPatch, accuracies: Iterable[float]) -> None:
+    """Let validation tell these accuracies, one after the other."""
+    original, told = training_module.validate, iter(accuracies)
+    monkeypatch.setattr(training_module, "validate", lambda *args: original(*args) | {"accuracy": next(told)})
+
+
+def test_kalm_from_a_plain_classifier(config, monkeypatch):
     start = train(with_schedule(config, epochs=(1,)))
+    improving(monkeypatch, (0.25, 0.5))
     kalm = replace(with_schedule(config, epochs=(0, 1)), out=config.out / "kalm", model=MODELS["kalm"], start=start)
     state, plain = weights(train(kalm)), weights(start)
     for name, tensor in plain.items():
         assert torch.equal(state[name.replace("encoder.", "global_encoder.", 1)], tensor), name
     assert not torch.equal(state["local_encoder.classifier.weight"], plain["encoder.classifier.weight"])
-    (line,) = history(kalm)
+    before, line = history(kalm)
+    assert (before["phase"], before["epoch"]) == ("local", 0)
     assert (line["phase"], line["epoch"]) == ("local", 1)
     assert {"accuracy", "global_accuracy", "local_accuracy", "auroc"} <= line.keys()
     extents = [line["key_area_width"], line["key_area_height"]]
@@ -198,6 +204,14 @@ def test_the_first_epoch_of_the_best_accuracy_is_kept(config, monkeypatch):
     assert not all(torch.equal(state[name], tensor) for name, tensor in states[2].items())
 
 
+def test_what_a_run_starts_from_competes_as_epoch_0(config, monkeypatch):
+    start = train(with_schedule(config, epochs=(1,)))
+    improving(monkeypatch, (0.5, 0.5, 0.25))
+    again = replace(with_schedule(config, epochs=(2,)), out=config.out / "again", start=start)
+    assert same(train(again), start)
+    assert [line["epoch"] for line in history(again)] == [0, 1, 2]
+
+
 def test_a_phase_goes_on_from_the_best_epoch_of_the_one_before(config, monkeypatch):
     accuracies, states = iter([0.75, 0.25, 0.5]), []
 
@@ -247,6 +261,11 @@ def test_radiographs_of_other_splits_are_left_alone(config, index, tmp_path):
         ({"images": 23}, r"images: expected at most \d+, all but the validation's, got 23"),
         ({"model": MODELS["kalm"]}, r"schedule.epochs: kalm has the phases \('global', 'local'\), got \(2,\)"),
         ({"validation": 1.5}, "fraction: expected a number between 0 and 1"),
+        ({"images": 0}, "images: expected at least 1, got 0"),
+        ({"model": PlainConfig(BACKBONE, 0)}, r"model.image-size: expected at least 32, got 0"),
+        ({"schedule": Schedule((-1,), 6, "adam", 1e-2)}, r"schedule.epochs: expected at least 0, got -1"),
+        ({"schedule": Schedule((0,), 6, "adam", 1e-2)}, r"schedule.epochs, in all: expected at least 1, got 0"),
+        ({"schedule": Schedule((1,), 0, "adam", 1e-2)}, r"schedule.batch: expected at least 1, got 0"),
     ],
 )
 def test_what_cannot_run_is_named(config, changes, message):
@@ -261,51 +280,6 @@ def test_a_start_of_another_backbone_is_refused(config, tmp_path):
         train(other)
 
 
-# -- an epoch
-
-
-def split(count: int = 6) -> Split:
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randint(0, 256, (count, 1, SIZE, SIZE), dtype=torch.uint8, generator=generator).numpy()
-    return Split(images, torch.arange(count) % 2, torch.linspace(0.2, 0.8, count))
-
-
-@pytest.mark.parametrize("system", MODELS)
-def test_the_loss_is_the_sum_of_its_terms(config, system):
-    torch.manual_seed(0)
-    config = replace(with_schedule(config, augment=False, loss="wce"), model=MODELS[system])
-    model, data = training_module.create_model(config), split()
-    phase = model.phases[-1]
-    set_training(model, phase, config.schedule)
-    terms = model.training_logits(phase, torch.from_numpy(data.images))
-    wanted = sum(stage_loss(logits, data.labels, data.weights, "wce").item() for logits in terms)
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.0)
-    assert run_epoch(config, model, phase, 0, data, optimizer) == pytest.approx(wanted, rel=1e-3)
-
-
-def test_a_loss_that_is_not_finite_stops_the_run(config):
-    model = training_module.create_model(config)
-    model.encoder.classifier.bias.data[:] = torch.nan
-    optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    with pytest.raises(ValueError, match="global epoch 1: the loss is nan; lower"):
-        run_epoch(config, model, "global", 0, split(), optimizer)
-
-
-def test_feature_map_augmentation_does_not_depend_on_flip_and_jitter(config):
-    """It is a part of the model: a run without augmentation trains on what inference will see."""
-    config = replace(with_schedule(config, augment=False), model=replace(MODELS["msfm"], fma=True))
-    model, data, seen = training_module.create_model(config), split(), []
-    model.eval()
-    model.encoder.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
-    optimizer = torch.optim.SGD(model.encoder.parameters(), 0.0)
-    run_epoch(config, model, "main", 0, data, optimizer)
-    with torch.no_grad():
-        dimmed = model.augment(torch.from_numpy(data.images))
-    order = torch.randperm(6, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(seen[0], dimmed[order])
-    assert not torch.equal(dimmed, torch.from_numpy(data.images))
-
-
 def test_the_learning_rate_falls_to_a_tenth(config, monkeypatch):
     rates = []
 
@@ -316,98 +290,3 @@ def test_the_learning_rate_falls_to_a_tenth(config, monkeypatch):
     monkeypatch.setattr(training_module, "run_epoch", record)
     train(with_schedule(config, epochs=(6,), learning_rate=1e-3, drop_after=2 / 3))
     assert rates == pytest.approx([1e-3] * 4 + [1e-4] * 2)
-
-
-# -- augmentation
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def test_flip_mirrors_about_half_of_the_radiographs():
-    image = torch.randint(0, 256, (400, 1, 3, 5), dtype=torch.uint8, generator=seeded())
-    flipped = flip(image, seeded(1))
-    assert flipped.dtype == torch.uint8
-    mirrored = (flipped == image.flip(-1)).flatten(1).all(1)
-    kept = (flipped == image).flatten(1).all(1)
-    assert (mirrored ^ kept).all()
-    assert 150 < mirrored.sum() < 250
-    assert torch.equal(flipped, flip(image, seeded(1)))
-
-
-def test_jitter_stays_within_its_strength():
-    image = torch.full((300, 1, 4, 6), 60, dtype=torch.uint8)
-    image[:, :, :, 3:] = 140
-    jittered = jitter(image, seeded(1))
-    assert (jittered.dtype, jittered.shape) == (torch.uint8, image.shape)
-    assert torch.equal(jittered, jitter(image, seeded(1)))
-    assert not torch.equal(jittered, jitter(image, seeded(2)))
-    pixels = jittered.double()
-    brightness = pixels.mean((1, 2, 3)) / 100
-    contrast = (pixels[..., -1] - pixels[..., 0]).mean((1, 2)) / (80 * brightness)
-    for factor in (brightness, contrast):  # rounded to whole grey levels
-        assert 0.78 < factor.min() < 0.83
-        assert 1.17 < factor.max() < 1.22
-        assert factor.mean() == pytest.approx(1.0, abs=0.03)
-    assert abs(torch.corrcoef(torch.stack((brightness, contrast)))[0, 1]) < 0.2
-    bright = jitter(torch.full((50, 1, 2, 2), 255, dtype=torch.uint8), seeded(1))
-    assert bright.max() == 255
-    assert bright.min() >= 203
-
-
-# -- the command line
-
-PROGRAM = "import sys; from scaphoid.trainer.train import main; sys.argv[0] = 'scaphoid-train'; main()"
-
-
-def command(*arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-c", PROGRAM, *arguments], capture_output=True, text=True, timeout=300)
-
-
-def shown(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, *arguments: str) -> str:
-    monkeypatch.setattr(sys, "argv", ["scaphoid-train", *arguments])
-    monkeypatch.setenv("COLUMNS", "200")
-    with pytest.raises(SystemExit) as ended:
-        training_module.main()
-    assert ended.value.code in (0, None)
-    return capsys.readouterr().out
-
-
-def test_help_lists_the_systems(monkeypatch, capsys):
-    text = shown(monkeypatch, capsys, "--help")
-    assert all(system in text for system in PAPER)
-
-
-@pytest.mark.parametrize(
-    ("system", "defaults"),
-    [
-        ("plain", ["resnet50", "(default: 64)", "(default: adam)", "(default: 1e-05)", "(default: 30)"]),
-        ("kalm", ["resnet18", "(default: 64)", "(default: adam)", "(default: 1e-05)", "(default: 30 30)"]),
-        ("msfm", ["resnet50", "(default: 5)", "(default: sgd)", "(default: 0.0001)", "(default: 1 29)", "alpha-wfl"]),
-    ],
-)
-def test_help_shows_the_papers_settings(monkeypatch, capsys, system, defaults):
-    text = shown(monkeypatch, capsys, system, "--help")
-    for default in defaults:
-        assert default in text
-    assert all(name in text for name in ("--index", "--out", "--schedule.frozen", "--model.backbone"))
-
-
-def test_the_papers_settings():
-    (_, kalm), (config, msfm) = PAPER["kalm"], PAPER["msfm"]
-    assert (kalm.optimizer, kalm.learning_rate, kalm.batch, kalm.epochs) == ("adam", 1e-5, 64, (30, 30))
-    assert kalm.drop_after * 30 == pytest.approx(20)
-    assert kalm.loss == "ce"
-    assert (msfm.optimizer, msfm.learning_rate, msfm.batch, sum(msfm.epochs)) == ("sgd", 1e-4, 5, 30)
-    assert (msfm.momentum, msfm.weight_decay, msfm.loss) == (0.9, 1e-4, "alpha-wfl")
-    assert (config.theta, config.r, config.gamma, config.image_size, config.part_size) == (0.6, 0.15, 0.5, 448, 224)
-
-
-def test_a_mistake_is_one_line_and_a_failing_exit_code(tmp_path):
-    small = ("--model.backbone", BACKBONE, "--no-pretrained")
-    done = command("plain", "--index", str(tmp_path / "none"), "--out", str(tmp_path / "run"), *small)
-    assert done.returncode == 1
-    assert done.stderr.strip().splitlines()[-1].startswith("scaphoid-train: ")
-    assert "no such index" in done.stderr
-    assert "Traceback" not in done.stderr

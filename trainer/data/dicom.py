@@ -3,7 +3,8 @@
 In the order of the standard (PS3.3 C.11, PS3.4 N.2): modality LUT or rescale, then VOI LUT or the first window, then
 scaled to 0-255, then MONOCHROME1 inverted, so that bone is bright. An image of 8 bits without a window is shown as it
 is stored; one of more bits, between its 0.5th and 99.5th percentile. Pixel padding is left out of those and painted
-black. Uncompressed, RLE, JPEG and JPEG 2000 files are read, each as far as a decoder for it is installed.
+black. Uncompressed, RLE, JPEG and JPEG 2000 files are read, each as far as a decoder for it is installed; a compressed
+frame whose own header disagrees with the file's is refused before it is decoded.
 
 No tag leaves this module: `read_dicom` returns pixels and a pseudonym that tells which images share a study. Reasons
 for rejection name technical attributes alone (sizes, modality, compression), and pydicom's warnings, which quote
@@ -18,13 +19,21 @@ from pathlib import Path
 
 import numpy as np
 import pydicom
+from pydicom.encaps import get_frame
 from pydicom.errors import InvalidDicomError
 from pydicom.pixels import apply_modality_lut, apply_voi, apply_windowing
 
-from scaphoid.trainer.data.guard import RejectedImage, check_size
+from scaphoid.trainer.data.guard import RejectedImage, check_blank, check_size
+from scaphoid.trainer.data.jpeg import declared_size
 
 RADIOGRAPH_MODALITIES = ("CR", "DX", "RG", "RF", "OT")  # OT: film scans and exports; a missing modality passes too
 PERCENTILES = (0.5, 99.5)  # shown range where the file defines none
+_JPEG_FAMILY = (
+    *pydicom.uid.JPEGTransferSyntaxes,
+    *pydicom.uid.JPEGLSTransferSyntaxes,
+    *pydicom.uid.JPEG2000TransferSyntaxes,
+    *(pydicom.uid.HTJ2K, pydicom.uid.HTJ2KLossless, pydicom.uid.HTJ2KLosslessRPCL),
+)
 _DEFLATED = b"1.2.840.10008.1.2.1.99"
 
 
@@ -51,8 +60,7 @@ def read_dicom(source: str | Path | bytes, salt: bytes) -> DicomRadiograph:
         dataset = _parse(data)
         _check(dataset)
         pixels = _to_uint8(dataset, _decode(dataset))
-    if pixels.min() == pixels.max():
-        raise RejectedImage("a blank DICOM image: every pixel has the same value")
+    check_blank(pixels)
     uid = dataset.get("StudyInstanceUID")
     study = hashlib.blake2b(str(uid).encode(), key=salt, digest_size=8).hexdigest() if uid else None
     return DicomRadiograph(pixels, study)
@@ -108,6 +116,8 @@ def _decode(dataset: pydicom.Dataset) -> np.ndarray:
     transfer = getattr(getattr(dataset, "file_meta", None), "TransferSyntaxUID", None)
     if transfer is None:
         raise RejectedImage("damaged: the DICOM file does not say how its pixels are compressed")
+    if transfer in (*_JPEG_FAMILY, pydicom.uid.RLELossless):
+        _check_frame(dataset, transfer)
     try:
         stored = dataset.pixel_array
     except Exception:  # decoders raise whatever they like
@@ -120,6 +130,23 @@ def _decode(dataset: pydicom.Dataset) -> np.ndarray:
     if stored.shape != (dataset.Rows, dataset.Columns):
         raise RejectedImage("damaged: the DICOM file's pixels differ in size from its header")
     return stored
+
+
+def _check_frame(dataset: pydicom.Dataset, transfer: pydicom.uid.UID) -> None:
+    """Hold what the compressed frame says of itself against the header: decoders allocate what the frame says."""
+    rows, columns = int(dataset.Rows), int(dataset.Columns)
+    try:
+        frame = get_frame(dataset.PixelData, 0, number_of_frames=1)
+    except Exception:  # pydicom raises whatever damaged fragments lead to
+        raise RejectedImage("damaged: the DICOM file's compressed pixels are cannot be found") from None
+    if transfer == pydicom.uid.RLELossless:  # tells no size; the worst encoder takes two bytes for one
+        if len(frame) > 64 + (2 * rows * columns + 2) * int(dataset.BitsAllocated) // 8:
+            raise RejectedImage("damaged: the DICOM file holds more compressed bytes than its pixels need")
+    elif (found := declared_size(frame)) != (columns, rows, 1):
+        shown = "no size" if found is None else "{} x {} pixels in {} channels".format(*found)
+        raise RejectedImage(
+            f"damaged: the DICOM file's compressed pixels say {shown}, its header {columns} x {rows} in 1"
+        )
 
 
 def _to_uint8(dataset: pydicom.Dataset, stored: np.ndarray) -> np.ndarray:

@@ -1,15 +1,18 @@
-"""Looks at the bytes of an image before a decoder does, and rejects what would not end well. Needs numpy alone.
+"""Looks at the bytes of an image before a decoder does, and at the picture after, and rejects what would not end well.
 
 One bad image fails a whole DALI batch, a decompression bomb takes the memory of everybody, and a decoder that
 tolerates a truncated file invents the missing part of a bone. So every image passes `check_encoded` first: in
 training, in the client, and in the server before requests are batched. It reads headers, end markers and checksums,
-never a compressed pixel (alpha excepted), so a 5 megapixel PNG takes a few milliseconds.
+never a compressed pixel (alpha excepted), so a 5 megapixel PNG takes a few milliseconds. What only the picture tells,
+`check_decoded` finds wherever images are decoded: in training and in the server, whose refusal the client passes on.
+Needs numpy and Pillow.
 
 Rejected, with one line that says why:
 
 - nothing there, not a PNG, JPEG, BMP, TIFF or PGM file, a DICOM file (the client makes PGM of those);
-- truncated or damaged: no JPEG end marker, a PNG chunk missing or failing its CRC, pixels missing in a PGM, BMP or
-  TIFF;
+- truncated or damaged: no JPEG end marker, or one that stands before the last pixels; a PNG chunk missing or failing
+  its CRC; pixels missing in a PGM, BMP or TIFF;
+- blank: every pixel has the same value;
 - more than `MAX_PIXELS` (nothing is inflated to find out), or a side under `MIN_SIDE`: no bone is shown in so few
   pixels;
 - more than one picture (animated PNG, multi-page TIFF): which of them is the radiograph is not ours to guess;
@@ -19,39 +22,29 @@ Rejected, with one line that says why:
 
 Decoded, and defined: colour becomes ITU-R BT.601 luma, also from a palette or CMYK (JPEG, TIFF); an alpha channel
 that is opaque everywhere is dropped; 16 bits become 8 by `round(value / 257)`, white being 65535, as the formats
-define it. `check_levels` then rejects a picture whose 16 bits use the lowest quarter alone: that is 12- or 14-bit
+define it. `check_decoded` then rejects a picture whose 16 bits use the lowest quarter alone: that is 12- or 14-bit
 data stored unscaled, it would be shown nearly black, and an answer about it would look like any other.
 """
 
 import struct
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
 import numpy as np
 
-MAX_PIXELS = 50_000_000  # the largest stitched long-leg and mammography images have about 30 million
-MIN_SIDE = 32  # pixels
-MAX_JPEG_SCANS = 100  # a progressive JPEG has about 10; each scan of a hostile one costs a pass over the whole image
+from scaphoid.trainer.data.header import MAX_PIXELS, MIN_SIDE, ImageHeader, RejectedImage, check_size
+from scaphoid.trainer.data.jpeg import ends_early, read_jpeg
 
-
-class RejectedImage(ValueError):
-    """An image that is not decoded. `reason` is one line without the file's name, which only the caller knows."""
-
-    def __init__(self, reason: str):
-        super().__init__(reason)
-        self.reason = reason
-
-
-@dataclass(frozen=True)
-class ImageHeader:
-    """What the header declares; `width` and `height` in stored pixels, before any EXIF orientation."""
-
-    format: str
-    width: int
-    height: int
-    channels: int
-    bits: int  # per channel
+__all__ = [
+    "MAX_PIXELS",
+    "MIN_SIDE",
+    "ImageHeader",
+    "RejectedImage",
+    "check_blank",
+    "check_decoded",
+    "check_encoded",
+    "check_size",
+]
 
 
 def check_encoded(data: bytes | memoryview) -> ImageHeader:
@@ -72,8 +65,12 @@ def check_encoded(data: bytes | memoryview) -> ImageHeader:
     raise RejectedImage("not an image: expected a PNG, JPEG, BMP, TIFF or binary PGM file")
 
 
-def check_levels(header: ImageHeader, image: np.ndarray) -> None:
-    """Rejects a decoded `image` (uint8, any shape) whose 16-bit samples were stored unscaled. Raises RejectedImage."""
+def check_decoded(data: bytes | memoryview, header: ImageHeader, image: np.ndarray) -> None:
+    """What shows only once the encoded `data` were decoded to `image` (uint8 [..., H, W], in any size). Raises
+    RejectedImage."""
+    if header.format == "JPEG" and ends_early(bytes(data), header, image):
+        raise RejectedImage("truncated: the JPEG file's pixels end early, though it has an end marker")
+    check_blank(image)
     if header.bits == 16 and (brightest := int(image.max())) < 64:
         raise RejectedImage(
             f"16-bit samples that reach only {brightest / 255:.1%} of white, as unscaled 12-bit data do: "
@@ -81,12 +78,10 @@ def check_levels(header: ImageHeader, image: np.ndarray) -> None:
         )
 
 
-def check_size(width: int, height: int) -> None:
-    """Raises RejectedImage when a side is under MIN_SIDE or there are more than MAX_PIXELS. For DICOM headers too."""
-    if min(width, height) < MIN_SIDE:
-        raise RejectedImage(f"too small: {width} x {height} pixels, each side must have at least {MIN_SIDE}")
-    if width * height > MAX_PIXELS:
-        raise RejectedImage(f"too large: {width} x {height} pixels, at most {MAX_PIXELS:,} are decoded")
+def check_blank(image: np.ndarray) -> None:
+    """Raises RejectedImage for a picture without content. For DICOM pixels too."""
+    if image.min() == image.max():
+        raise RejectedImage("every pixel has the same value: blank radiograph")
 
 
 def _png_chunks(data: bytes) -> Iterator[tuple[bytes, memoryview]]:
@@ -176,40 +171,6 @@ def _png_is_opaque(header: ImageHeader, compressed: bytes) -> bool:
     except zlib.error:
         raise RejectedImage("damaged: the PNG file's compressed pixels cannot be inflated") from None
     return True
-
-
-def _jpeg(data: bytes) -> ImageHeader:
-    header, position = None, 2
-    while True:
-        while data[position] != 0xFF:
-            position += 1
-        while data[position] == 0xFF:
-            position += 1
-        marker, position = data[position], position + 1
-        if marker in (0x00, 0x01, *range(0xD0, 0xD9)):  # stuffing and markers without a body
-            continue
-        if marker == 0xD9:
-            raise RejectedImage("damaged: the JPEG file ends before its pixels")
-        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
-            if marker not in (0xC0, 0xC1, 0xC2):
-                raise RejectedImage("a lossless or arithmetic JPEG: save it as baseline JPEG or PNG")
-            bits, height, width, channels = struct.unpack_from(">BHHB", data, position + 2)
-            if bits != 8:
-                raise RejectedImage(f"a JPEG of {bits} bits: window it to 8 bits")
-            if channels not in (1, 3, 4):
-                raise RejectedImage(f"a JPEG of {channels} channels: expected 1, 3 or 4")
-            check_size(width, height)
-            header = ImageHeader("JPEG", width, height, channels, bits)
-        if marker == 0xDA:
-            break
-        position += struct.unpack_from(">H", data, position)[0]
-    if header is None:
-        raise RejectedImage("damaged: the JPEG file has pixels but no frame header")
-    if data.find(b"\xff\xd9", position) < 0:  # stuffing keeps these two bytes out of the compressed pixels
-        raise RejectedImage("truncated: the JPEG file has no end marker")
-    if data.count(b"\xff\xda", position) > MAX_JPEG_SCANS:
-        raise RejectedImage(f"a JPEG of more than {MAX_JPEG_SCANS} scans: save it as baseline JPEG")
-    return header
 
 
 def _bmp(data: bytes) -> ImageHeader:
@@ -302,7 +263,7 @@ def _pgm(data: bytes) -> ImageHeader:
 
 _FORMATS: tuple[tuple[bytes, str, Callable[[bytes], ImageHeader]], ...] = (
     (b"\x89PNG\r\n\x1a\n", "PNG", _png),
-    (b"\xff\xd8", "JPEG", _jpeg),
+    (b"\xff\xd8", "JPEG", read_jpeg),
     (b"BM", "BMP", _bmp),
     (b"II*\0", "TIFF", _tiff),
     (b"MM\0*", "TIFF", _tiff),

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from scaphoid.trainer.contracts import ENCODED
-from scaphoid.trainer.data.guard import ImageHeader, RejectedImage, check_encoded, check_levels
+from scaphoid.trainer.data.guard import ImageHeader, RejectedImage, check_decoded, check_encoded
 
 if TYPE_CHECKING:
     from nvidia.dali import Pipeline
@@ -103,7 +103,7 @@ class Decoder:
             return [self._run([data], [header])[0] for data, header in zip(encoded, headers, strict=True)]
         # copied: DALI writes the next run into the same memory
         images, sizes = (np.array(output.as_cpu().as_array()) for output in outputs)
-        return [_check_decoded(*each) for each in zip(headers, images, sizes, strict=True)]
+        return [_check_decoded(*each) for each in zip(encoded, headers, images, sizes, strict=True)]
 
 
 def _check(data: bytes | memoryview) -> ImageHeader | RejectedImage:
@@ -113,9 +113,11 @@ def _check(data: bytes | memoryview) -> ImageHeader | RejectedImage:
         return rejected
 
 
-def _check_decoded(header: ImageHeader, image: np.ndarray, original_size: np.ndarray) -> Decoded | RejectedImage:
+def _check_decoded(
+    data: bytes | memoryview, header: ImageHeader, image: np.ndarray, original_size: np.ndarray
+) -> Decoded | RejectedImage:
     try:
-        check_levels(header, image)
+        check_decoded(data, header, image)
     except RejectedImage as rejected:
         return rejected
     return Decoded(image, original_size)

@@ -10,10 +10,12 @@ from scaphoid.triton_repo.results import Prediction, Study
 @dataclass(frozen=True)
 class Outcome:
     """`truth` holds the index's rows by image, for those images that an index knows. A box whose margin is below
-    `unstable_margin` is marked unstable."""
+    `unstable_margin` is marked unstable. `phantoms`: the generator's version when the weights were trained on drawn
+    radiographs, else empty."""
 
     flow: str
     model_version: str
+    phantoms: str
     url: str
     parts: bool
     threshold: float

@@ -1,8 +1,8 @@
 """The HTML report: one self-contained file that a radiologist can read, print and archive. No scripts, nothing fetched.
 
 Each picture is the plain radiograph as a JPEG with its boxes as SVG above it, so that the boxes can be hidden to see
-the bone. Pictures share a budget of bytes, the most suspicious studies first; what is left out is counted, and is in
-the JSON lines.
+the bone; chosen, it stands beside the closer look that the second stage took. Pictures share a budget of bytes, the
+most suspicious studies first; what is left out is counted, and is in the JSON lines.
 """
 
 import base64
@@ -19,9 +19,11 @@ import numpy as np
 from PIL import Image
 
 from scaphoid.trainer import pictures
+from scaphoid.trainer.contracts import PREDICTION_SCHEMA
 from scaphoid.trainer.data.index import Radiograph
+from scaphoid.triton_repo.report.agreement import FEW, agreement
 from scaphoid.triton_repo.report.outcome import Outcome
-from scaphoid.triton_repo.results import SCHEMA, Prediction, Study
+from scaphoid.triton_repo.results import Prediction, Study
 
 MAX_PICTURES = 600
 PICTURE_BUDGET_BYTES = 16_000_000  # of JPEG; base64 adds a third
@@ -84,7 +86,7 @@ def _content(outcome: Outcome) -> dict[str, Any]:
             "truth": pictures.TRUTH_COLOUR,
         },
         "written": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "schema": SCHEMA,
+        "schema": PREDICTION_SCHEMA,
         "release": _release(),
         "images": len(predicted),
         "studies": len(judged),
@@ -99,6 +101,8 @@ def _content(outcome: Outcome) -> dict[str, Any]:
         "plain_left_out": max(0, len(plain) - MAX_ROWS),
         "refused": refused[:MAX_ROWS],
         "refused_left_out": max(0, len(refused) - MAX_ROWS),
+        "agreement": agreement(outcome),
+        "few": FEW,
         "has_windows": any(prediction.windows for prediction in predicted),
         "has_main_box": any(prediction.main_box for prediction in predicted),
         "has_truth": any(item.boxes for item in outcome.truth.values()),

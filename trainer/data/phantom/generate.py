@@ -7,6 +7,8 @@ This module is the subpackage's door: what other code needs is imported from her
 from __future__ import annotations
 
 import csv
+import dataclasses
+import json
 import multiprocessing
 import os
 from collections.abc import Callable
@@ -36,6 +38,7 @@ __all__ = [
     "contact_sheet",
     "generate",
     "generate_frozen",
+    "generator_of",
     "image_path",
     "plan_study",
     "planned_views",
@@ -43,6 +46,7 @@ __all__ = [
     "twin",
 ]
 
+MARK = "phantoms.json"  # beside index.csv: what drew the radiographs, so that no model of them passes for a patient's
 GENERATOR_VERSION = "1.0.0"
 """Goes up with every change of any pixel or box; models state the version they were trained on."""
 
@@ -94,8 +98,16 @@ def generate(
             radiographs = [r for part in pool.map(work, chunks) for r in _noted(part, progress)]
     _write_mura_tables(Path(root), split, radiographs)
     index = Index(Path(root), tuple(radiographs))
+    drawn = {"generator": GENERATOR_VERSION, "seed": seed, "images": images, "options": dataclasses.asdict(options)}
+    (Path(root) / MARK).write_text(json.dumps(drawn, indent=1) + "\n")
     write_index(index)
     return index
+
+
+def generator_of(root: Path) -> str | None:
+    """The generator's version when the radiographs below `root` are phantoms; None for any other data set."""
+    mark = Path(root) / MARK
+    return json.loads(mark.read_text())["generator"] if mark.is_file() else None
 
 
 def generate_frozen(

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
-from scaphoid.trainer.data.phantom.anatomy import STATIONS, Patient, Projected, deformed
+from scaphoid.trainer.data.phantom.anatomy import STATIONS, Patient
+from scaphoid.trainer.data.phantom.projection import Projected, deformed
 from scaphoid.trainer.data.phantom.texture import Frame, bone_attenuation, clouds, frame_of, reach_of
 
 KINDS = ("fracture", "displacement", "lytic", "sclerotic", "metal")

@@ -8,9 +8,10 @@ import cv2
 import numpy as np
 
 from scaphoid.trainer.data.index import Box
-from scaphoid.trainer.data.phantom.anatomy import Camera, Projected, View, build_skeleton, shown
+from scaphoid.trainer.data.phantom.anatomy import View, build_skeleton
 from scaphoid.trainer.data.phantom.artefacts import draw_artefacts, sample_artefacts
 from scaphoid.trainer.data.phantom.lesions import Axis, choose, lesion_change
+from scaphoid.trainer.data.phantom.projection import Camera, Projected, shown
 from scaphoid.trainer.data.phantom.study import DEFAULTS, Options, Study
 from scaphoid.trainer.data.phantom.texture import (
     Exposure,

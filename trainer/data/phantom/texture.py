@@ -11,7 +11,8 @@ from functools import lru_cache
 import cv2
 import numpy as np
 
-from scaphoid.trainer.data.phantom.anatomy import STATIONS, Camera, Patient, Projected
+from scaphoid.trainer.data.phantom.anatomy import STATIONS, Patient
+from scaphoid.trainer.data.phantom.projection import Camera, Projected
 
 CORTICAL, MARROW, SOFT, FAT = 1.15, 0.34, 0.2, 0.15  # attenuation per centimetre
 _TILE = 512
