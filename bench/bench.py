@@ -1,9 +1,11 @@
-"""`scaphoid-bench`: how fast a flow is here, in process and behind the real Triton server.
+"""`scaphoid-bench`: how fast a flow is here, in process and behind the real Triton server, and how fast the ops are.
 
 scaphoid-bench flow --backbone resnet50 --flow msfm       untrained ResNet-50: eager, engines, Triton, in one run
 scaphoid-bench flow --weights msfm.safetensors            a trained model
 scaphoid-bench server 127.0.0.1:8001 radiographs/*.png    load on a server that already runs
 scaphoid-bench peaks                                      what this machine reaches at best
+scaphoid-bench ops --device cpu --threads 1 2             every op beside its baseline in torch, NumPy, scikit-image
+scaphoid-bench kernels                                    what the compiler made of the CUDA kernels; needs no GPU
 """
 
 import asyncio
@@ -16,6 +18,9 @@ from typing import Annotated
 import tyro
 
 from scaphoid.bench.comparison import RATE_COLUMNS, Comparison, compare, rate_cells, tell
+from scaphoid.bench.kernel_report.report import KernelsBench, bench_kernels
+from scaphoid.bench.kernel_report.sass import ToolMissing
+from scaphoid.bench.ops import Disagreement, OpsBench, bench_ops
 from scaphoid.bench.peaks import machine, peaks
 from scaphoid.bench.report import Report, Table
 from scaphoid.bench.server_load import LoadError, server_load
@@ -69,23 +74,35 @@ def bench_peaks(_: PeaksBench) -> Report:
     return Report("Peaks of this machine", {}, (), machine(), peaks(), ())
 
 
-COMMANDS = {Comparison: compare, ServerBench: bench_server, PeaksBench: bench_peaks}
+COMMANDS = {
+    Comparison: compare,
+    ServerBench: bench_server,
+    PeaksBench: bench_peaks,
+    OpsBench: bench_ops,
+    KernelsBench: bench_kernels,
+}
+ERRORS = (
+    *(ExportError, ManifestError, ServerError, ServerUnavailable, LoadError),
+    *(Disagreement, ToolMissing, OSError, ValueError),
+)
 
 
 def main() -> None:
     arguments = tyro.cli(
         Annotated[Comparison, tyro.conf.subcommand("flow")]
         | Annotated[ServerBench, tyro.conf.subcommand("server")]
-        | Annotated[PeaksBench, tyro.conf.subcommand("peaks")],
+        | Annotated[PeaksBench, tyro.conf.subcommand("peaks")]
+        | Annotated[OpsBench, tyro.conf.subcommand("ops")]
+        | Annotated[KernelsBench, tyro.conf.subcommand("kernels")],
         description=__doc__,
     )
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # the server is stopped and cleaned up after either
     try:
         report = COMMANDS[type(arguments)](arguments)
-        print(report.markdown())
-        if isinstance(arguments, Comparison):
-            tell("report in " + " and ".join(map(str, report.write(arguments.out, arguments.name))))
-    except (ExportError, ManifestError, ServerError, ServerUnavailable, LoadError, OSError, ValueError) as error:
+        print(report.json() if getattr(arguments, "json", False) else report.markdown())
+        if out := getattr(arguments, "out", None):
+            tell("report in " + " and ".join(map(str, report.write(out, arguments.name))))
+    except ERRORS as error:
         sys.exit(f"scaphoid-bench: {error}")
     except KeyboardInterrupt:
         sys.exit("scaphoid-bench: interrupted; no report was written")

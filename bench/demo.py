@@ -24,6 +24,7 @@ from rich.table import Table
 from scaphoid.export.artefacts import read_manifest
 from scaphoid.export.export import export
 from scaphoid.trainer import evaluate
+from scaphoid.trainer.data.fracatlas import read_fracatlas
 from scaphoid.trainer.data.index import FILE_NAME, Index, read_index, write_index
 from scaphoid.trainer.data.phantom.generate import TEST, generate_frozen, image_path
 from scaphoid.trainer.data.phantom.render import twin
@@ -127,7 +128,7 @@ def predict_all(server: Server, out: Path, phantoms: Index, twins: Index) -> dic
     jobs["twins"] = (["--index", twins.root / FILE_NAME], "msfm")
     jobs["cr"] = ([*radiographs, "--one-image-studies"], "msfm")
     if FRACATLAS.is_dir():
-        jobs["fracatlas"] = ([FRACATLAS / "images", "--one-image-studies"], "msfm")
+        jobs["fracatlas"] = (["--index", index_fracatlas(out / "fracatlas")], "msfm")
     folders = {}
     for name, (what, flow) in jobs.items():
         folders[name] = out / "predictions" / name
@@ -137,6 +138,14 @@ def predict_all(server: Server, out: Path, phantoms: Index, twins: Index) -> dic
             if status and name != "fracatlas":
                 sys.exit(f"demo: scaphoid-predict {name} ended with exit code {status}")
     return folders
+
+
+def index_fracatlas(folder: Path) -> Path:
+    """The canonical index of FracAtlas in `folder`, its images linked rather than copied."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (images := folder / "images").exists():
+        images.symlink_to((FRACATLAS / "images").resolve(), target_is_directory=True)
+    return write_index(Index(folder, read_fracatlas(FRACATLAS).radiographs))
 
 
 def measure_latency(server: Server, flow: str, phantoms: Index) -> list[float]:

@@ -1,18 +1,24 @@
 """What this machine is and what it can do at best: every benchmark is read against it.
 
 A rate means little without the machine's limit beside it. The arithmetic limit is a square matrix product, by torch and
-by the engine itself in each precision that the CPU has instructions for; the memory limit a copy far larger than the
-caches.
+by the engine itself in each precision that the CPU has instructions for; the memory limit a copy, and a search that
+only reads, far larger than the caches.
 """
 
+import ctypes
 import os
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SIDE = 2048  # of the matrices: 17 GFLOP a product, 16 MiB an operand
 COPY_MIB = 256
@@ -64,11 +70,22 @@ class Machine:
 
 
 @dataclass(frozen=True)
+class Bandwidth:
+    """Of memory, for a number of threads: a copy counts bytes read and written."""
+
+    threads: int
+    read_gb_per_s: float
+    copy_gb_per_s: float
+
+
+@dataclass(frozen=True)
 class Peaks:
-    """`gflops` by runtime and precision, 2 operations a multiply-add; `copy_gb_per_s` counts bytes read and written."""
+    """`gflops` by runtime and precision, 2 operations a multiply-add; `copy_gb_per_s` counts bytes read and written, by
+    as many threads as torch uses; `bandwidths` for a benchmark that looks at memory."""
 
     gflops: dict[str, float]
     copy_gb_per_s: float
+    bandwidths: tuple[Bandwidth, ...] = ()
 
     @property
     def f32_gflops(self) -> float:
@@ -105,8 +122,9 @@ def _cpuinfo() -> dict[str, str]:
     return {key.strip(): value.strip() for key, _, value in pairs}
 
 
-def peaks(side: int = SIDE, copy_mib: int = COPY_MIB) -> Peaks:
-    """Measure for a few seconds. `side` x `side` matrices; a copy of `copy_mib` MiB."""
+def peaks(side: int = SIDE, copy_mib: int = COPY_MIB, threads: Sequence[int] = ()) -> Peaks:
+    """Measure for a few seconds: products of `side` x `side` matrices, a copy of `copy_mib` MiB, and the bandwidth of
+    memory with each of `threads`."""
     import torch
 
     from scaphoid.export.precision import PRECISIONS, effective_precision
@@ -120,7 +138,39 @@ def peaks(side: int = SIDE, copy_mib: int = COPY_MIB) -> Peaks:
     source = torch.ones(copy_mib * 2**18)
     target = torch.empty_like(source)
     copied = 2 * source.nbytes / _best_s(lambda: target.copy_(source))
-    return Peaks(gflops, copied / 1e9)
+    return Peaks(gflops, copied / 1e9, tuple(bandwidth(count, copy_mib) for count in threads))
+
+
+def bandwidth(threads: int, mib: int = COPY_MIB) -> Bandwidth:
+    """Of memory, through a buffer of `mib` MiB."""
+    import torch
+
+    source = torch.ones(mib * 2**18)
+    target = torch.empty_like(source)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    with ThreadPoolExecutor(threads) as pool:
+        read_s = min(_best_s(lambda: read_memory(source, pool, threads)), _best_s(source.amax))
+    copy_s = _best_s(lambda: target.copy_(source))
+    torch.set_num_threads(before)
+    return Bandwidth(threads, source.nbytes / read_s / 1e9, 2 * source.nbytes / copy_s / 1e9)
+
+
+def read_memory(tensor: "Tensor", pool: ThreadPoolExecutor, threads: int) -> None:
+    """Read a dense tensor once and write nothing: the C library's vectorised search for a byte, by `threads` of `pool`,
+    each from its place to the first such byte. All of it is read where no byte is 1."""
+    search = ctypes.CDLL(None).memchr
+    search.argtypes, search.restype = (ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t), ctypes.c_void_p
+    share = -(-tensor.nbytes // threads)
+    starts = range(0, tensor.nbytes, share)
+    begin = tensor.data_ptr()
+    list(pool.map(lambda start: search(begin + start, 1, min(share, tensor.nbytes - start)), starts))
+
+
+def last_level_cache_mib(default: float = 32.0) -> float:
+    """Of the first processor; `default` where the system does not say."""
+    sizes = [path.read_text().strip() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
+    return max((int(size.removesuffix("K")) / 1024 for size in sizes if size.endswith("K")), default=default)
 
 
 def _openvino_product(a: np.ndarray, b: np.ndarray, precision: str) -> Callable[[], object]:

@@ -8,7 +8,6 @@ import math
 import platform
 import re
 import subprocess
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -63,29 +62,30 @@ def shown(cell: Cell) -> str:
 
 @dataclass(frozen=True)
 class Report:
-    """`subject` says what was measured; `facts` what else a reader must know, a line each."""
+    """`subject` says what was measured; `facts` what else a reader must know, a line each. A report of what was not
+    measured has no `machine` and no `peaks`."""
 
     title: str
     subject: dict[str, Cell]
     facts: tuple[str, ...]
-    machine: Machine
-    peaks: Peaks
+    machine: Machine | None
+    peaks: Peaks | None
     tables: tuple[Table, ...]
 
+    @property
+    def all_tables(self) -> tuple[Table, ...]:
+        return (*self.tables, peaks_table(self.peaks)) if self.peaks else self.tables
+
     def markdown(self) -> str:
-        machine = self.machine
         subject = [f"- {name}: {shown(value)}" for name, value in self.subject.items()]
-        hardware = [
-            f"- CPU: {machine.cpu}, {machine.cores} cores, {shown(machine.memory_gib)} GiB memory",
-            f"- instructions: {', '.join(machine.instructions) or 'unknown'}; engine precisions: "
-            f"{', '.join(machine.engine_precisions)}; {machine.precision_note}",
-            f"- load average in the minute before: {shown(machine.load_1min)} tasks",
-            f"- measured {now()}, commit {commit()}",
+        made = [
+            f"- {'measured' if self.machine else 'made'} {now()}, commit {commit()}",
             "- " + ", ".join(f"{name} {value}" for name, value in software().items()),
         ]
         parts = [f"# {self.title}\n", "\n".join([*subject, *(f"- {fact}" for fact in self.facts)]) + "\n"]
-        parts += [table.markdown() for table in (*self.tables, peaks_table(self.peaks))]
-        return "\n".join([*parts, "## Machine and versions\n", "\n".join(hardware) + "\n"])
+        parts += [table.markdown() for table in self.all_tables]
+        hardware = machine_lines(self.machine) if self.machine else []
+        return "\n".join([*parts, "## Machine and versions\n", "\n".join([*hardware, *made]) + "\n"])
 
     def json(self) -> str:
         content = {
@@ -96,8 +96,8 @@ class Report:
             "versions": software(),
             "subject": self.subject,
             "facts": self.facts,
-            "machine": asdict(self.machine),
-            "tables": {table.title: table.records() for table in (*self.tables, peaks_table(self.peaks))},
+            "machine": asdict(self.machine) if self.machine else None,
+            "tables": {table.title: table.records() for table in self.all_tables},
         }
         return json.dumps(content, indent=2) + "\n"
 
@@ -110,11 +110,24 @@ class Report:
         return markdown, data
 
 
+def machine_lines(machine: Machine) -> list[str]:
+    return [
+        f"- CPU: {machine.cpu}, {machine.cores} cores, {shown(machine.memory_gib)} GiB memory",
+        f"- instructions: {', '.join(machine.instructions) or 'unknown'}; engine precisions: "
+        f"{', '.join(machine.engine_precisions)}; {machine.precision_note}",
+        f"- load average in the minute before: {shown(machine.load_1min)} tasks",
+    ]
+
+
 def peaks_table(peaks: Peaks) -> Table:
-    rows: Sequence[tuple[Cell, ...]] = [
+    rows: list[tuple[Cell, ...]] = [
         *((f"matrix product, {name}", value, None) for name, value in peaks.gflops.items()),
         ("memory copy, read and write", None, peaks.copy_gb_per_s),
     ]
+    for each in peaks.bandwidths:
+        threads = f"{each.threads} thread" + "s" * (each.threads > 1)
+        rows.append((f"memory read, {threads}", None, each.read_gb_per_s))
+        rows.append((f"memory copy, read and write, {threads}", None, each.copy_gb_per_s))
     return Table("Measured peaks of the machine", ("what", "arithmetic (GFLOPS)", "memory (GB/s)"), tuple(rows))
 
 

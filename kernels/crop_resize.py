@@ -12,17 +12,21 @@ def crop_resize(image: Tensor, boxes: Tensor, size: int) -> Tensor:
     Output pixel `i` of an axis reads position `x0 + (i + 0.5) * (x1 - x0) / size - 0.5`, clamped to `[0, side - 1]`.
 
     Args:
-        image: `Tensor[B, C, H, W]`, uint8, float32 or float64; any strides.
+        image: `Tensor[B, C, H, W]`, uint8, float16, bfloat16, float32 or float64; contiguous, channels-last and any
+            other strides are read in place.
         boxes: `Tensor[B, n, 4]`, `(x0, y0, x1, y1)` in pixels; float32, for a float64 image float64. The formula holds
             for every box: an empty one repeats a point, a reversed one mirrors, one outside the image repeats its
             border. A position that is not a number reads pixel 0.
         size: side of the crops in pixels.
 
     Returns:
-        `Tensor[B, n, C, size, size]` of the image's dtype; uint8 is rounded half to even. A float pixel that is not
-        finite spreads to every output that reads it, also with weight 0.
+        `Tensor[B, n, C, size, size]` of the image's dtype, contiguous whatever the image's layout. Rows are mixed
+        first, then columns, in float32 (float64 for float64), then rounded once, half to even. A float pixel that is
+        not finite spreads to every output that reads it, also with weight 0.
 
     For float images differentiable in the image and in the boxes (once); a clamped position does not move with its box.
+    Gradients are summed in float32 (those of a box in float64). On CUDA the sum at an image's pixel runs in no fixed
+    order, unless `torch.use_deterministic_algorithms(True)`: then in that of the CPU.
     Raises RuntimeError that names the argument, what was expected and what came.
     """
     return torch.ops.scaphoid.crop_resize(image, boxes, size)
@@ -34,8 +38,8 @@ def _fake(image, boxes, size):
 
 
 @torch.library.register_fake("scaphoid::crop_resize_backward")
-def _fake_backward(grad, image, boxes):
-    return image.new_empty(image.shape), image.new_empty(boxes.shape)
+def _fake_backward(grad, image, boxes, deterministic=False):
+    return image.new_empty(image.shape), boxes.new_empty(boxes.shape)
 
 
 def _setup_context(ctx, inputs, output):
@@ -44,7 +48,8 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, grad):
-    return *torch.ops.scaphoid.crop_resize_backward(grad, *ctx.saved_tensors), None
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    return *torch.ops.scaphoid.crop_resize_backward(grad, *ctx.saved_tensors, deterministic), None
 
 
 torch.library.register_autograd("scaphoid::crop_resize", _backward, setup_context=_setup_context)
@@ -68,11 +73,11 @@ def crop_resize_reference(image: Tensor, boxes: Tensor, size: int) -> Tensor:
     pixels = image.to(boxes.dtype).permute(0, 2, 3, 1)  # indices first, so that gathered rows end in channels
     batch = torch.arange(image.shape[0], device=image.device)[:, None, None, None]
 
-    def row(y: Tensor) -> Tensor:
-        y = y[..., :, None]
-        first, second = pixels[batch, y, left[..., None, :]], pixels[batch, y, right[..., None, :]]
-        return first + along[..., None, :, None] * (second - first)
+    def column(x: Tensor) -> Tensor:
+        x = x[..., None, :]
+        first, second = pixels[batch, top[..., None], x], pixels[batch, bottom[..., None], x]
+        return first + down[..., None, None] * (second - first)
 
-    upper, lower = row(top), row(bottom)
-    crops = (upper + down[..., :, None, None] * (lower - upper)).permute(0, 1, 4, 2, 3)
-    return crops if image.is_floating_point() else crops.round().to(image.dtype)
+    before, after = column(left), column(right)
+    crops = (before + along[..., None, :, None] * (after - before)).permute(0, 1, 4, 2, 3)
+    return (crops if image.is_floating_point() else crops.round()).to(image.dtype)

@@ -2,6 +2,7 @@
 known as `torch.ops.scaphoid.*`. A process without Python, or without this package, loads the same file by
 `torch.ops.load_library(path)`."""
 
+import ctypes
 from pathlib import Path
 
 import torch
@@ -18,4 +19,17 @@ def path() -> Path:
     return library
 
 
+def cuda_architectures() -> tuple[str, ...]:
+    """The GPU code in the library, such as ("sm_80", "sm_90", "compute_90"): machine code for two architectures, PTX
+    for later ones. Empty when it was built without CUDA."""
+    ask = ctypes.CDLL(str(path())).scaphoid_cuda_architectures
+    ask.restype = ctypes.c_char_p
+    return tuple(ask().decode().split())
+
+
 torch.ops.load_library(path())
+
+if __name__ == "__main__":
+    print(
+        "op library:", " ".join(["CPU and CUDA for", *cuda_architectures()] if cuda_architectures() else ["CPU only"])
+    )

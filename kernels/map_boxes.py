@@ -32,7 +32,8 @@ def map_boxes(
     Returns:
         `Tensor[B, 4]`, float32, in original pixels. A coordinate computed from one that is not finite is not finite.
 
-    No gradient. Raises RuntimeError that names the argument, what was expected and what came.
+    No gradient. The same bits on every processor. Raises RuntimeError that names the argument, what was expected and
+    what came.
     """
     return torch.ops.scaphoid.map_boxes(
         boxes.detach(), scores.detach(), gamma, object_boxes.detach(), height, width, original_sizes

@@ -1,3 +1,4 @@
+import ctypes
 import math
 
 import pytest
@@ -125,6 +126,20 @@ def test_a_map_that_is_not_finite_gives_the_whole_image_and_no_gradient(value):
         torch.testing.assert_close(ours, theirs)
 
 
+def test_huge_strides():
+    """Every map is the same memory; its cells and the weights lie far apart."""
+    layers = [layer.float() for layer in draw_layers(0, 3, 3)]
+    activation = torch.rand(1, 3, 3)
+    wide = torch.zeros(1, 3, 1 << 17)
+    wide[..., ::60000] = activation
+    far = torch.zeros(1 << 17)
+    far[::60000] = layers[0]
+    boxes, margin = key_area_box(wide[..., ::60000].expand(40, 3, 3), far[::60000], *layers[1:], 30, 20)
+    expected = key_area_box(activation, *layers, 30, 20)
+    assert torch.equal(boxes, expected[0].expand(40, 4))
+    assert torch.equal(margin, expected[1].expand(40))
+
+
 def test_layers_that_are_not_finite_or_saturate():
     activation = torch.rand(1, 4, 4)
     zeros, nan = torch.zeros(4), torch.tensor([math.nan])
@@ -154,3 +169,23 @@ def test_refuses_mixed_precision():
     zeros = [torch.zeros(n, dtype=torch.float64) for n in (3, 1, 3, 1)]
     with pytest.raises(RuntimeError, match=r"width_weight must be float32 .* got float64"):
         key_area_box(torch.zeros(1, 3, 3), *zeros, 8, 8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(0, 3, 3), (1, 1, 1), (3, 14, 14), (2, 33, 7), (2, 5, 64), (1, 64, 64)])
+def test_cuda_source_matches_reference(simt, random_maps, shape, dtype):
+    """Under the SIMT executor, over schedules; map 0 has ties, map 1 a cell that is not finite."""
+    activation = random_maps(1, shape, 2).to(dtype)
+    activation[1:2, -1, 0] = math.inf
+    layers = [layer.to(dtype) for layer in draw_layers(2, *shape[1:])]
+    expected = key_area_box_reference(activation, *layers, 448, 333)
+    sizes = [ctypes.c_int64(size) for size in (*shape, 448, 333)]
+    for seed in range(3):
+        simt.scaphoid_simt_seed(seed)
+        results = torch.full((shape[0], 4), math.nan, dtype=dtype), torch.full(shape[:1], math.nan, dtype=dtype)
+        inputs = [ctypes.c_void_p(each.data_ptr()) for each in (activation, *layers)]
+        outputs = [ctypes.c_void_p(each.data_ptr()) for each in results]
+        number = 4 if dtype == torch.float64 else 3  # scaphoid_dtype
+        error = simt.scaphoid_key_area_box_cuda(number, *inputs, *sizes, *outputs, None)
+        assert error == 0, simt.scaphoid_simt_error()
+        torch.testing.assert_close(results, expected, rtol=1e-6, atol=1e-4)

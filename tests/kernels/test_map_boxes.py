@@ -1,3 +1,4 @@
+import ctypes
 import math
 
 import pytest
@@ -24,6 +25,30 @@ def test_matches_reference(random_maps, random_boxes, batch, n, gamma, height, w
     sizes = torch.randint(1, 4000, (batch, 2), generator=generator, dtype=torch.int32)
     arguments = (boxes, scores, gamma, objects[:, 0], height, width, sizes)
     torch.testing.assert_close(map_boxes(*arguments), map_boxes_reference(*arguments))
+
+
+@pytest.mark.parametrize(("batch", "n", "gamma"), [(1, 7, 0.5), (67, 3, 1e-3), (5, 0, 0.5), (0, 4, 1.0)])
+def test_cuda_under_the_simt_executor(simt, random_maps, random_boxes, batch, n, gamma):
+    boxes, objects = (
+        random_boxes(0, batch, n, 90, 70, 0.0).float(),
+        random_boxes(1, batch, 1, 90, 70, 0.0)[:, 0].float(),
+    )
+    scores = random_maps(0, (batch, n), 2)
+    sizes = torch.randint(1, 4000, (batch, 2), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
+    ours = map_boxes(boxes, scores, gamma, objects, 90, 70, sizes)
+    for seed in range(2):
+        simt.scaphoid_simt_seed(seed)
+        mapped = torch.full((batch, 4), math.nan)
+        box, score, box_of_object, size, out = (
+            ctypes.c_void_p(each.data_ptr()) for each in (boxes, scores, objects, sizes, mapped)
+        )
+        counts = [ctypes.c_int64(each) for each in (batch, n, 90, 70)]
+        error = simt.scaphoid_map_boxes_cuda(
+            box, score, ctypes.c_double(gamma), box_of_object, size, *counts, out, None
+        )
+        assert error == 0, simt.scaphoid_simt_error()
+        assert torch.equal(mapped, ours)
+        torch.testing.assert_close(mapped, map_boxes_reference(boxes, scores, gamma, objects, 90, 70, sizes))
 
 
 def test_weights_follow_rank_then_object_box_then_original_size():

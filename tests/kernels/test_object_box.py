@@ -1,3 +1,4 @@
+import ctypes
 import math
 
 import pytest
@@ -31,6 +32,41 @@ def test_matches_reference(random_maps, batch, h, w, height, width, levels, tran
     torch.testing.assert_close(margin, expected_margin)
     x0, y0, x1, y1 = boxes.unbind(1)
     assert ((x0 >= 0) & (x0 < x1) & (x1 <= width) & (y0 >= 0) & (y0 < y1) & (y1 <= height)).all()
+
+
+@pytest.mark.parametrize(("h", "w"), [(3, 63), (5, 64), (4, 65), (7, 130), (1, 200)])
+@pytest.mark.parametrize("kind", ["noise", "columns", "rows"])
+def test_rows_longer_than_a_word_and_winding_components(random_maps, h, w, kind):
+    """Corridors between the walls of a maze turn at every end: no single sweep follows them."""
+    activation, class_activation = random_maps(h, (2, h, w), 2), random_maps(w, (2, h, w), 1)
+    r, c = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
+    along, across, length = (r, c, h) if kind == "columns" else (c, r, w)
+    if kind != "noise":
+        turns = ((across % 4 == 1) & (along == length - 1)) | ((across % 4 == 3) & (along == 0))
+        activation[:] = ((across % 2 == 0) | turns).float()
+    ours = object_box(activation, class_activation, 211, 307)
+    torch.testing.assert_close(ours, object_box_reference(activation, class_activation, 211, 307), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(("h", "w"), [(1, 1), (14, 14), (5, 33), (64, 64)])
+@pytest.mark.parametrize("levels", [0, 1, 2])
+def test_cuda_under_the_simt_executor(simt, random_maps, h, w, levels):
+    maps = [random_maps(seed, (2, h, w), levels) for seed in (1, 2)]
+    maps[0][1, h // 2, w // 2] = math.nan if levels == 2 else 3.0
+    expected = object_box_reference(*maps, 211, 307)
+    for seed in range(2):
+        simt.scaphoid_simt_seed(seed)
+        boxes, margin = torch.full((2, 4), math.nan), torch.full((2,), math.nan)
+        inputs = [ctypes.c_void_p(each.data_ptr()) for each in maps]
+        outputs = [ctypes.c_void_p(each.data_ptr()) for each in (boxes, margin)]
+        sizes = [ctypes.c_int64(each) for each in (2, h, w, 211, 307)]
+        error = simt.scaphoid_object_box_cuda(*inputs, *sizes, *outputs, None)
+        assert error == 0, simt.scaphoid_simt_error()
+        assert torch.equal(boxes, expected[0])
+        torch.testing.assert_close(margin, expected[1])
+        ours = object_box(*maps, 211, 307)
+        assert torch.equal(boxes, ours[0])
+        assert torch.equal(margin, ours[1])
 
 
 def test_component_agrees_with_scipy(random_maps):

@@ -1,3 +1,4 @@
+import ctypes
 import math
 
 import pytest
@@ -39,6 +40,55 @@ def test_matches_reference(random_maps, case, batch, levels, transposed, seed):
     torch.testing.assert_close(ours[0], theirs[0], rtol=0, atol=0)
     torch.testing.assert_close(ours[1], theirs[1], rtol=0, atol=0)
     torch.testing.assert_close(ours[2], theirs[2])
+
+
+class WindowGroups(ctypes.Structure):
+    """scaphoid_window_groups."""
+
+    _fields_ = (
+        *((name, ctypes.POINTER(ctypes.c_int64)) for name in ("shapes", "sizes", "counts")),
+        ("groups", ctypes.c_int64),
+        ("iou_threshold", ctypes.c_double),
+    )
+
+
+@pytest.mark.parametrize(
+    ("h", "w", "groups"),
+    [
+        (14, 14, MSFM),
+        (1, 1, ([1, 1], [1], [3], 0.25)),
+        (5, 9, ([2, 3, 2, 3, 1, 1], [2, 1], [4, 9], 1.0)),
+        (33, 64, ([16, 20, 9, 31], [2], [3], 1 / 3)),
+        (4, 3, ([], [], [], 0.25)),
+    ],
+)
+@pytest.mark.parametrize("levels", [0, 1, 9])
+def test_cuda_under_the_simt_executor(simt, random_maps, h, w, groups, levels):
+    activation = random_maps(h, (2, h, w), levels)
+    activation[1, h // 2, w // 2] = math.inf if levels == 9 else 0.5
+    expected, ours = part_windows_reference(activation, 211, 307, *groups), part_windows(activation, 211, 307, *groups)
+    arrays = [(ctypes.c_int64 * len(numbers))(*numbers) for numbers in groups[:3]]
+    pointers = [ctypes.cast(array, ctypes.POINTER(ctypes.c_int64)) for array in arrays]
+    c_groups = WindowGroups(*pointers, len(groups[1]), groups[3])
+    for seed in range(2):
+        simt.scaphoid_simt_seed(seed)
+        found = tuple(torch.full_like(each, math.nan) for each in ours)
+        sizes = [ctypes.c_int64(each) for each in (2, h, w, 211, 307)]
+        outputs = [ctypes.c_void_p(each.data_ptr()) for each in found]
+        error = simt.scaphoid_part_windows_cuda(
+            ctypes.c_void_p(activation.data_ptr()), ctypes.byref(c_groups), *sizes, *outputs, None
+        )
+        assert error == 0, simt.scaphoid_simt_error()
+        torch.testing.assert_close(found, ours, rtol=0, atol=0)
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(("h", "w"), [(28, 31), (64, 64), (70, 65)])
+def test_maps_longer_than_a_vector(random_maps, h, w):
+    activation = random_maps(h, (1, h, w), 3)
+    groups = ([h // 2, w // 3, h // 3, w // 2], [2], [4], 0.25)
+    ours, theirs = part_windows(activation, 448, 448, *groups), part_windows_reference(activation, 448, 448, *groups)
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=0)
 
 
 def test_agrees_with_average_pooling_and_torchvision_nms():

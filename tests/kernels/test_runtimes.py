@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from scaphoid.kernels import library
+from scaphoid.kernels.activation_maps import activation_maps
 from scaphoid.kernels.crop_resize import crop_resize
 from scaphoid.kernels.key_area_box import key_area_box
 from scaphoid.kernels.map_boxes import map_boxes
@@ -26,11 +27,14 @@ class EveryOp(nn.Module):
         super().__init__()
         self.width_weight, self.width_bias = nn.Parameter(torch.zeros(7)), nn.Parameter(torch.zeros(1))
         self.height_weight, self.height_bias = nn.Parameter(torch.zeros(6)), nn.Parameter(torch.zeros(1))
+        self.class_weight = nn.Parameter(torch.tensor([[1.0, 2.0, 0.5], [-1.0, 0.5, 1.0]]))
 
     def forward(self, image: Tensor, activation: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         height, width = image.shape[2], image.shape[3]
         image = suppress_artifacts(image, activation, 0.6, 0.15)
-        box, margin = object_box(activation, activation * 2, height, width)
+        features = torch.stack((activation, activation.flip(1), activation.flip(2)), 1)
+        channel_sum, class_activation = activation_maps(features, self.class_weight)
+        box, margin = object_box(channel_sum, class_activation, height, width)
         crops = crop_resize(image, box[:, None], 31)
         windows, scores, _ = part_windows(activation, height, width, [2, 3, 3, 2], [2], [3], 0.25)
         key, _ = key_area_box(
@@ -56,7 +60,11 @@ def samples() -> list:
     layers = [torch.rand(n, requires_grad=True) for n in (7, 1, 6, 1)]
     floats, grad = image.float().requires_grad_(), torch.rand(2, 2, 1, 9, 9)
     ops = torch.ops.scaphoid
+    features, class_weight = torch.rand(2, 5, 6, 7, requires_grad=True), torch.rand(2, 5, requires_grad=True)
+    halves = torch.rand(2, 5, 6, 7).to(torch.bfloat16, memory_format=torch.channels_last)
     calls = [
+        (ops.activation_maps, (features, class_weight)),
+        (ops.activation_maps, (halves, class_weight)),
         (ops.object_box, (activation, activation, 53, 47)),
         (ops.key_area_box, (activation, *layers, 53, 47)),
         (ops.part_windows, (activation, 53, 47, [2, 3, 3, 2], [2], [3], 0.25)),

@@ -1,3 +1,4 @@
+import ctypes
 import math
 
 import pytest
@@ -74,6 +75,23 @@ def test_a_map_that_is_not_finite_leaves_its_image_alone(value):
     assert torch.equal(suppressed[[0, 2]], clean[[0, 2]])
 
 
+def test_huge_strides():
+    """Every image is the same memory; a map's cells lie far apart."""
+    image, activation = draw_image(1, 1, 1, 11, 13), torch.rand(1, 3, 3)
+    wide = torch.zeros(1, 3, 1 << 17)
+    wide[..., ::60000] = activation
+    suppressed = suppress_artifacts(image.expand(50, 1, 11, 13), wide[..., ::60000].expand(50, 3, 3), 0.6, 0.15)
+    assert torch.equal(suppressed, suppress_artifacts(image, activation, 0.6, 0.15).expand(50, 1, 11, 13))
+
+
+@pytest.mark.parametrize("magnitude", [1e-44, 1e-30, 3e38])
+def test_extreme_magnitudes(magnitude):
+    image, maps = draw_image(0, 2, 1, 23, 19), torch.rand(2, 5, 5, generator=torch.Generator().manual_seed(0))
+    activation = maps * magnitude
+    expected = suppress_artifacts_reference(image, activation, 0.6, 0.15)
+    assert torch.equal(suppress_artifacts(image, activation, 0.6, 0.15), expected)
+
+
 def test_threads_do_not_change_the_result():
     image, activation = draw_image(0, 2, 1, 301, 307), torch.rand(2, 14, 14)
     threads = torch.get_num_threads()
@@ -100,3 +118,33 @@ def test_threads_do_not_change_the_result():
 def test_refuses(shapes, theta, r, message):
     with pytest.raises(RuntimeError, match=message):
         suppress_artifacts(torch.zeros(shapes[0], dtype=torch.uint8), torch.zeros(shapes[1]), theta, r)
+
+
+@pytest.mark.parametrize("theta", [0.6, 1.0, 0.0])
+@pytest.mark.parametrize(
+    ("sizes", "map_size", "levels"),
+    [
+        ((0, 1, 4, 4), (2, 2), 0),
+        ((1, 1, 1, 1), (1, 1), 0),
+        ((2, 1, 37, 45), (14, 14), 0),
+        ((2, 1, 33, 48), (5, 7), 3),
+        ((1, 1, 9, 544), (64, 64), 0),
+    ],
+)
+def test_cuda_source_matches_reference(simt, sizes, map_size, levels, theta):
+    """Under the SIMT executor, over schedules. `levels`: whole numbers, many of which lie on the threshold."""
+    generator = torch.Generator().manual_seed(4)
+    image, activation = draw_image(4, *sizes), torch.rand(sizes[0], *map_size, generator=generator)
+    if levels:
+        activation = (activation * levels).round()
+    activation[1:2, 0, 0] = math.nan
+    expected = suppress_artifacts_reference(image, activation, theta, 0.15)
+    dimensions = [ctypes.c_int64(size) for size in (sizes[0], *map_size, *sizes[2:])]
+    for seed in range(3):
+        simt.scaphoid_simt_seed(seed)
+        suppressed = torch.full_like(image, 7)
+        image_at, map_at, out_at = (ctypes.c_void_p(each.data_ptr()) for each in (image, activation, suppressed))
+        numbers = ctypes.c_double(theta), ctypes.c_double(0.15)
+        error = simt.scaphoid_suppress_artifacts_cuda(image_at, map_at, *dimensions, *numbers, out_at, None)
+        assert error == 0, simt.scaphoid_simt_error()
+        assert torch.equal(suppressed, expected)

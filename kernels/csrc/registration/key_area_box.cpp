@@ -2,58 +2,90 @@
 
 #include "../scaphoid_ops.h"
 #include "checks.h"
+#include "small_maps.h"
+#ifdef SCAPHOID_CUDA
+#include "cuda.h"
+#endif
 
 namespace scaphoid {
 namespace {
 
-template <class Real, class Launch>
-void launch_key_area_box(const Tensor (&inputs)[5], int64_t height, int64_t width, Tensor& boxes, Tensor& margin,
-                         const Launch& launch) {
-  const int64_t batch = inputs[0].size(0), h = inputs[0].size(1), w = inputs[0].size(2);
-  const Real* in[5];
-  for (int i = 0; i < 5; ++i) in[i] = inputs[i].const_data_ptr<Real>();
-  auto *box = boxes.mutable_data_ptr<Real>(), *distance = margin.mutable_data_ptr<Real>();
-  in_parallel(batch, 16, scaphoid_key_area_box_workspace(h, w), [&](int64_t first, int64_t last, void* workspace) {
-    launch(in[0] + first * h * w, in[1], in[2], in[3], in[4], last - first, h, w, height, width, box + first * 4,
-           distance + first, workspace);
-  });
-}
+constexpr const char* kOp = "key_area_box";
+
+// Checked arguments, dense, and the results.
+struct Call {
+  scaphoid_dtype dtype;
+  int64_t batch, h, w, height, width;
+  Tensor activation, layers[4], boxes, margin;
+
+  Call(const Tensor& map, const Tensor& width_weight, const Tensor& width_bias, const Tensor& height_weight,
+       const Tensor& height_bias, int64_t in_height, int64_t in_width)
+      : height(in_height), width(in_width) {
+    const bool in_double = map.scalar_type() == ScalarType::Double;
+    const ScalarType type = in_double ? ScalarType::Double : ScalarType::Float;
+    dtype = in_double ? SCAPHOID_F64 : SCAPHOID_F32;
+    require_map(kOp, "activation", map, type);
+    batch = map.size(0), h = map.size(1), w = map.size(2);
+    const struct {
+      const char *name, *dims;
+      const Tensor& tensor;
+      int64_t size;
+    } given[4] = {{"width_weight", "[w]", width_weight, w},
+                  {"width_bias", "[1]", width_bias, 1},
+                  {"height_weight", "[h]", height_weight, h},
+                  {"height_bias", "[1]", height_bias, 1}};
+    for (int i = 0; i < 4; ++i) {
+      require_tensor(kOp, given[i].name, given[i].tensor, type, given[i].dims, {given[i].size});
+      require_same_device(kOp, given[i].name, given[i].tensor, map);
+      layers[i] = torch::stable::contiguous(given[i].tensor);
+    }
+    require_positive(kOp, "height", height);
+    require_positive(kOp, "width", width);
+    activation = torch::stable::contiguous(map);
+    boxes = new_tensor(map, {batch, 4});
+    margin = new_tensor(map, {batch});
+  }
+};
 
 std::tuple<Tensor, Tensor> key_area_box(const Tensor& activation, const Tensor& width_weight, const Tensor& width_bias,
                                         const Tensor& height_weight, const Tensor& height_bias, int64_t height,
                                         int64_t width) {
-  const bool in_double = activation.scalar_type() == ScalarType::Double;
-  const ScalarType dtype = in_double ? ScalarType::Double : ScalarType::Float;
-  require_map("key_area_box", "activation", activation, dtype);
-  const int64_t batch = activation.size(0), h = activation.size(1), w = activation.size(2);
-  const struct {
-    const char *name, *dims;
-    const Tensor& tensor;
-    int64_t size;
-  } layers[4] = {{"width_weight", "[w]", width_weight, w},
-                 {"width_bias", "[1]", width_bias, 1},
-                 {"height_weight", "[h]", height_weight, h},
-                 {"height_bias", "[1]", height_bias, 1}};
-  for (const auto& layer : layers) {
-    require_tensor("key_area_box", layer.name, layer.tensor, dtype, layer.dims, {layer.size});
-    require_same_device("key_area_box", layer.name, layer.tensor, activation);
-  }
-  require_positive("key_area_box", "height", height);
-  require_positive("key_area_box", "width", width);
-
-  const Tensor inputs[5] = {torch::stable::contiguous(activation), torch::stable::contiguous(width_weight),
-                            torch::stable::contiguous(width_bias), torch::stable::contiguous(height_weight),
-                            torch::stable::contiguous(height_bias)};
-  Tensor boxes = new_tensor(activation, {batch, 4}), margin = new_tensor(activation, {batch});
-  if (in_double) {
-    launch_key_area_box<double>(inputs, height, width, boxes, margin, scaphoid_key_area_box_cpu_f64);
-  } else {
-    launch_key_area_box<float>(inputs, height, width, boxes, margin, scaphoid_key_area_box_cpu_f32);
-  }
-  return {boxes, margin};
+  const Call call(activation, width_weight, width_bias, height_weight, height_bias, height, width);
+  const auto at = [&](const Tensor& tensor, int64_t index) {
+    const int64_t bytes = call.dtype == SCAPHOID_F64 ? sizeof(double) : sizeof(float);
+    return static_cast<char*>(tensor.mutable_data_ptr()) + index * bytes;
+  };
+  in_parallel(call.batch, 16, scaphoid_key_area_box_workspace(call.h, call.w),
+              [&](int64_t first, int64_t last, void* workspace) {
+                scaphoid_key_area_box_cpu(call.dtype, at(call.activation, first * call.h * call.w),
+                                          call.layers[0].const_data_ptr(), call.layers[1].const_data_ptr(),
+                                          call.layers[2].const_data_ptr(), call.layers[3].const_data_ptr(),
+                                          last - first, call.h, call.w, height, width, at(call.boxes, first * 4),
+                                          at(call.margin, first), workspace);
+              });
+  return {call.boxes, call.margin};
 }
+
+#ifdef SCAPHOID_CUDA
+std::tuple<Tensor, Tensor> key_area_box_cuda(const Tensor& activation, const Tensor& width_weight,
+                                             const Tensor& width_bias, const Tensor& height_weight,
+                                             const Tensor& height_bias, int64_t height, int64_t width) {
+  const OnDevice device(activation);
+  const Call call(activation, width_weight, width_bias, height_weight, height_bias, height, width);
+  require_small_map(kOp, "activation", activation);
+  require_launched(
+      kOp, scaphoid_key_area_box_cuda(call.dtype, call.activation.const_data_ptr(), call.layers[0].const_data_ptr(),
+                                      call.layers[1].const_data_ptr(), call.layers[2].const_data_ptr(),
+                                      call.layers[3].const_data_ptr(), call.batch, call.h, call.w, height, width,
+                                      call.boxes.mutable_data_ptr(), call.margin.mutable_data_ptr(), device.stream()));
+  return {call.boxes, call.margin};
+}
+#endif
 
 }  // namespace
 }  // namespace scaphoid
 
 STABLE_TORCH_LIBRARY_IMPL(scaphoid, CPU, m) { m.impl("key_area_box", TORCH_BOX(&scaphoid::key_area_box)); }
+#ifdef SCAPHOID_CUDA
+STABLE_TORCH_LIBRARY_IMPL(scaphoid, CUDA, m) { m.impl("key_area_box", TORCH_BOX(&scaphoid::key_area_box_cuda)); }
+#endif
