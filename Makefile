@@ -12,7 +12,7 @@ SOURCES := $(shell find kernels/csrc -type f) kernels/build_ops.py kernels/build
 NATIVE := $(shell find kernels tests/kernels bench -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 GPU := $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'
 
-.PHONY: help setup demo test quick test-gpu bench-gpu budget edge lint format weights clean
+.PHONY: help setup demo test quick sanitize test-gpu bench-gpu budget edge lint format weights clean
 .DEFAULT_GOAL := help
 
 help: ## list the commands
@@ -38,7 +38,10 @@ demo: $(STAMP) ## phantoms, model, export, Triton server, prediction, report: th
 	$(BIN)/python -m scaphoid.bench.demo --out demo
 
 test: $(STAMP) ## all tests
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2
+
+sanitize: $(STAMP) ## the longest runs of the kernels under ThreadSanitizer (minutes)
+	$(BIN)/pytest -m thorough tests/kernels
 
 quick: $(STAMP) ## the everyday loop: all tests but the slow ones
 	$(BIN)/pytest -q -n 2 -m "not slow"

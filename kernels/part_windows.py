@@ -18,9 +18,10 @@ def part_windows(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The best windows of each group of shapes, by mean activation, after greedy non-maximum suppression in the group.
 
-    Every placement (stride 1) of every shape is a window; its score is the mean of its cells (summed in double, rounded
-    to float32 before scores are compared). Order: score, then shape order, then row-major. A pick drops the windows
-    that overlap it by an IoU of more than `iou_threshold`; when none is left, the last pick repeats.
+    Every placement (stride 1) of every shape is a window; its score is the mean of its cells, from an integral image in
+    double (so it errs by up to 2^-52 of the sum of all the map's magnitudes), rounded to float32 before scores are
+    compared. Order: score, then shape order, then row-major. A pick drops the windows that overlap it by an IoU of more
+    than `iou_threshold`; when none is left, the last pick repeats.
 
     Args:
         activation: `Tensor[B, h, w]`, float32.

@@ -58,7 +58,7 @@ SCAPHOID_API int scaphoid_object_box_cuda(const float* activation, const float* 
 
 /* Box around the peak of the two marginals, sized by one linear layer an axis.
  * activation [batch, h, w], width_weight [w], width_bias [1], height_weight [h], height_bias [1]
- * -> boxes [batch, 4], margin [batch]., all F32 or all F64.
+ * -> boxes [batch, 4], margin [batch], all F32 or all F64.
  * CUDA: maps of at most SCAPHOID_MAX_SIDE cells a side. */
 SCAPHOID_API size_t scaphoid_key_area_box_workspace(int64_t h, int64_t w);
 SCAPHOID_API void scaphoid_key_area_box_cpu(scaphoid_dtype dtype, const void* activation, const void* width_weight,

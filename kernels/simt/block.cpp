@@ -10,7 +10,6 @@ namespace simt {
 
 Place place;
 Block* block = nullptr;
-Clock done;
 std::mt19937_64 random_order{[] {
   const char* seed = std::getenv("SCAPHOID_SIMT_SEED");
   return seed != nullptr ? std::strtoull(seed, nullptr, 10) : 0;
@@ -42,17 +41,12 @@ void fail(const std::string& what, const Site& site) {
   throw Failed{};
 }
 
-void give_way() {
-  publish(done);
-  block->current->fiber->suspend();
-}
-
 void wait(const char* at, const Site& site, unsigned mask) {
   Thread& self = *block->current;
   self.waits_at = at;
   self.site = site;
   self.mask = mask;
-  give_way();
+  block->current->fiber->suspend();
 }
 
 void wake(Thread& thread) {
@@ -64,7 +58,7 @@ void maybe_yield() {
   const Unwatched unwatched;
   if (random_order() % 4 != 0) return;
   wake(*block->current);
-  give_way();
+  block->current->fiber->suspend();
 }
 
 }  // namespace simt

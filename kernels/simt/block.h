@@ -88,7 +88,6 @@ struct Block {
 
 extern Block* block;                  // that runs now
 extern std::mt19937_64 random_order;  // of blocks and threads
-extern Clock done;                    // of what the launch's threads did, for what comes after the launch
 
 bool same_site(const Site& a, const Site& b);
 std::string text(const uint3& extent);
@@ -100,8 +99,6 @@ std::string hex(unsigned mask);
 struct Failed {};
 [[noreturn]] void fail(const std::string& what, const Site& site);
 
-// From the current thread back to the scheduler.
-void give_way();
 // The current thread waits until someone wakes it.
 void wait(const char* at, const Site& site, unsigned mask);
 void wake(Thread& thread);

@@ -73,7 +73,7 @@ void Fiber::suspend() {
 }
 
 void Fibers::start_block(size_t count) {
-  if (!kThreadSanitizer || next_ + count > kMost) next_ = 0;
+  if (next_ + count > kBlocks * count) next_ = 0;
 }
 
 Fiber* Fibers::next() {

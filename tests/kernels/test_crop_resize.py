@@ -238,6 +238,11 @@ def test_strides_beyond_32_bits():
     assert expected.max() == 60
 
 
+def test_no_channels_take_no_time():
+    crops = crop_resize(torch.rand(1, 0, 4, 4), torch.rand(1, 1, 4), 1 << 24)
+    assert crops.shape == (1, 1, 0, 1 << 24, 1 << 24)
+
+
 @pytest.mark.parametrize(
     ("image", "boxes", "size", "message"),
     [

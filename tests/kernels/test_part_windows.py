@@ -189,6 +189,8 @@ def test_a_map_that_is_not_finite_gives_whole_images_and_spares_its_neighbours(v
         (([1, 1], [2], [1], 0.25), r"group_sizes must add up to the 1 shapes of window_shapes; got \[2\]"),
         (([1, 1], [1, 0], [1, 1], 0.25), r"group_sizes must be at least 1 each; got \[1, 0\]"),
         (([1, 1], [1], [-1], 0.25), r"group_counts must not be negative; got \[-1\]"),
+        (([1, 1], [2**62, 2**62, 1], [1, 1, 1], 0.25), r"group_sizes must add up to the 1 shapes of window_shapes"),
+        (([1, 1] * 4, [1] * 4, [2**62] * 4, 0.25), r"group_counts must add up to at most 1048576 windows; got"),
         (([1, 1], [1], [1], 1.5), r"iou_threshold must be in \[0, 1\]; got 1.5"),
         (([1, 1], [1], [1], math.nan), r"iou_threshold must be in \[0, 1\]; got nan"),
     ],

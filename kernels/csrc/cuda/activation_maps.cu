@@ -127,6 +127,11 @@ void launch(const scaphoid_features& of, const void* features, const void* weigh
 int scaphoid_activation_maps_cuda(const scaphoid_features* of, const void* features, const void* weight,
                                   void* activation, void* class_activation, void* stream) {
   using namespace scaphoid;
+  const int64_t cells = of->h * of->w;
+  if (of->classes > SCAPHOID_MAX_CLASSES || cells > INT32_MAX - 64 || of->channels * cells > INT32_MAX - 64 ||
+      of->batch * cells > INT32_MAX - 64) {
+    return cudaErrorInvalidValue;
+  }
   if (of->batch == 0) return cudaSuccess;
   const bool wide = of->weight_dtype == SCAPHOID_F32;
   const auto run = of->dtype == SCAPHOID_F64   ? launch<double, double, double>

@@ -111,6 +111,7 @@ int scaphoid_key_area_box_cuda(scaphoid_dtype dtype, const void* activation, con
                                const void* width_bias, const void* height_weight, const void* height_bias,
                                int64_t batch, int64_t h, int64_t w, int64_t height, int64_t width, void* boxes,
                                void* margin, void* stream) {
+  if (h > SCAPHOID_MAX_SIDE || w > SCAPHOID_MAX_SIDE || batch > INT32_MAX) return cudaErrorInvalidValue;
   if (batch == 0) return cudaSuccess;
   const auto run = dtype == SCAPHOID_F64 ? scaphoid::launch<double> : scaphoid::launch<float>;
   run(activation, width_weight, width_bias, height_weight, height_bias, batch,

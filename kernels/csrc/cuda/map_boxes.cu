@@ -21,6 +21,7 @@ __global__ void __launch_bounds__(kThreads) map_boxes_kernel(ScoredWindows windo
 int scaphoid_map_boxes_cuda(const float* boxes, const float* scores, double gamma, const float* object_boxes,
                             const int32_t* original_sizes, int64_t batch, int64_t n, int64_t height, int64_t width,
                             float* mapped, void* stream) {
+  if (batch > INT32_MAX) return cudaErrorInvalidValue;
   if (batch == 0) return cudaSuccess;
   const scaphoid::ScoredWindows windows(boxes, scores, gamma, object_boxes, original_sizes, n, height, width);
   const auto blocks = static_cast<unsigned>((batch + scaphoid::kThreads / 4 - 1) / (scaphoid::kThreads / 4));

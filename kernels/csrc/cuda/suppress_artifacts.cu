@@ -126,6 +126,9 @@ int scaphoid_suppress_artifacts_cuda(const uint8_t* image, const float* activati
                                      int64_t height, int64_t width, double theta, double r, uint8_t* suppressed,
                                      void* stream) {
   using namespace scaphoid;
+  if (h > SCAPHOID_MAX_SIDE || w > SCAPHOID_MAX_SIDE || height > (INT32_MAX - 512) / width) {
+    return cudaErrorInvalidValue;
+  }
   if (batch == 0) return cudaSuccess;
   const auto tiles = [](int64_t size, int64_t tile) { return static_cast<int>((size + tile - 1) / tile); };
   const Sizes of{static_cast<int>(h),

@@ -85,10 +85,11 @@ std::tuple<Tensor, Tensor> activation_maps_cuda(const Tensor& features, const Te
   const Call call(features, weight);
   const scaphoid_features& of = call.of;
   // Kernels index an image's features, the weights and all maps' cells with 32 bits.
-  require(of.h <= INT32_MAX / of.w && of.channels <= INT32_MAX / std::max(of.h * of.w, of.classes) &&
-              of.batch <= INT32_MAX / (of.h * of.w),
-          kOp, ": on CUDA an image's features, and the cells of all maps, must each be at most 2^31 - 1; got features ",
-          described(features));
+  constexpr int64_t kMost = INT32_MAX - 64;  // blocks are counted by rounding up
+  require(of.h <= kMost / of.w && of.channels <= kMost / std::max(of.h * of.w, of.classes) &&
+              of.batch <= kMost / (of.h * of.w),
+          kOp, ": on CUDA an image's features, and the cells of all maps, must each be at most ", kMost,
+          "; got features ", described(features));
   require_launched(kOp, scaphoid_activation_maps_cuda(&of, call.features.const_data_ptr(), call.weight.const_data_ptr(),
                                                       call.activation.mutable_data_ptr(),
                                                       call.class_activation.mutable_data_ptr(), device.stream()));

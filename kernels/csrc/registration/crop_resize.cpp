@@ -55,6 +55,7 @@ Tensor crop_resize(const Tensor& image, const Tensor& boxes, int64_t size) {
   const scaphoid_dtype dtype = pixels_of("crop_resize", image);
   const Tensor dense_boxes = torch::stable::contiguous(boxes);
   Tensor crops = new_crops(of, image);
+  if (crops.numel() == 0) return crops;
   const int64_t grain = std::max<int64_t>(1, kPixelsPerThread / std::max<int64_t>(1, of.size * of.channels));
   in_parallel(of.batch * of.count * of.size, grain, scaphoid_crop_resize_workspace(&of),
               [&](int64_t first, int64_t last, void* workspace) {
@@ -112,10 +113,10 @@ void require_32_bits(const char* op, const scaphoid_crops& of, const Tensor& ima
     return static_cast<double>(of.channels - 1) * channel + static_cast<double>(of.height - 1) * row +
            static_cast<double>(of.width - 1) * column;
   };
-  const double largest =
-      std::max({span(of.channel_stride, of.row_stride, of.column_stride),
-                static_cast<double>(of.channels) * of.height * of.width,
-                static_cast<double>(of.channels) * of.size * of.size, static_cast<double>(of.batch) * of.count});
+  const double largest = std::max({span(of.channel_stride, of.row_stride, of.column_stride),
+                                   static_cast<double>(of.channels) * of.height * of.width,
+                                   static_cast<double>(std::max<int64_t>(of.channels, 1)) * of.size * of.size,
+                                   static_cast<double>(of.batch) * of.count});
   require(largest <= INT32_MAX, op, ": on CUDA an image (with its strides), a crop and the number of crops must each ",
           "fit 32-bit offsets; got image ", described(image), " with strides ", list_of(image.strides()), ", ",
           of.count, " boxes an image, size ", of.size);
@@ -138,6 +139,8 @@ std::tuple<Tensor, Tensor> crop_resize_backward_cuda(const Tensor& grad, const T
   const OnDevice device(image);
   const Backward run = Backward::of_tensors(grad, image, boxes);
   require_32_bits("crop_resize_backward", run.of, image);
+  require(static_cast<double>(run.of.batch) * run.of.channels * run.of.height * run.of.width <= INT32_MAX,
+          "crop_resize_backward: on CUDA image must have at most 2^31 - 1 pixels in all; got ", described(image));
   const Tensor workspace = device_workspace(image, scaphoid_crop_resize_backward_cuda_workspace(&run.of));
   require_launched("crop_resize_backward",
                    scaphoid_crop_resize_backward_cuda(

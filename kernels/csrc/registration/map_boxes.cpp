@@ -7,11 +7,14 @@
 namespace scaphoid {
 namespace {
 
+constexpr int64_t kMaxWindows = 1024;  // ranking compares every two of them
+
 void check(const Tensor& boxes, const Tensor& scores, double gamma, const Tensor& object_boxes, int64_t height,
            int64_t width, const Tensor& original_sizes) {
   require_tensor("map_boxes", "boxes", boxes, ScalarType::Float, "[B, n, 4]", {kAny, kAny, 4});
   const int64_t batch = boxes.size(0), n = boxes.size(1);
-  require(n <= INT32_MAX / 4, "map_boxes: boxes must have fewer than 2^29 windows an image; got ", described(boxes));
+  require(n <= kMaxWindows, "map_boxes: boxes must have at most ", kMaxWindows, " windows an image; got ",
+          described(boxes));
   require_tensor("map_boxes", "scores", scores, ScalarType::Float, "[B, n]", {batch, n});
   require(gamma > 0 && gamma <= 1, "map_boxes: gamma must be in (0, 1]; got ", gamma);
   require_tensor("map_boxes", "object_boxes", object_boxes, ScalarType::Float, "[B, 4]", {batch, 4});
@@ -45,6 +48,8 @@ Tensor map_boxes(const Tensor& boxes, const Tensor& scores, double gamma, const 
 Tensor map_boxes_cuda(const Tensor& boxes, const Tensor& scores, double gamma, const Tensor& object_boxes,
                       int64_t height, int64_t width, const Tensor& original_sizes) {
   check(boxes, scores, gamma, object_boxes, height, width, original_sizes);
+  require(boxes.size(0) <= INT32_MAX, "map_boxes: boxes must have at most 2^31 - 1 images on CUDA; got ",
+          described(boxes));
   const OnDevice device(boxes);
   const int64_t batch = boxes.size(0), n = boxes.size(1);
   const Tensor windows = torch::stable::contiguous(boxes), order = torch::stable::contiguous(scores);

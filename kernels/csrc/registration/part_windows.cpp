@@ -11,6 +11,8 @@
 namespace scaphoid {
 namespace {
 
+constexpr int64_t kMaxWindows = 1 << 20;  // an image
+
 void require_groups(const Sizes& shapes, const Sizes& sizes, const Sizes& counts, int64_t h, int64_t w) {
   require(shapes.size() % 2 == 0, "part_windows: window_shapes must be pairs of height and width; got ", shapes.size(),
           " numbers");
@@ -21,15 +23,20 @@ void require_groups(const Sizes& shapes, const Sizes& sizes, const Sizes& counts
   }
   require(sizes.size() == counts.size(), "part_windows: group_sizes and group_counts must be equally long; got ",
           list_of(sizes), " and ", list_of(counts));
+  const auto given = static_cast<int64_t>(shapes.size() / 2);
+  int64_t left = given, kept = 0;  // never past their limits, however large the numbers are
   for (const int64_t size : sizes) {
     require(size >= 1, "part_windows: group_sizes must be at least 1 each; got ", list_of(sizes));
+    left = size <= left ? left - size : -1;
+    if (left < 0) break;
   }
+  require(left == 0, "part_windows: group_sizes must add up to the ", given, " shapes of window_shapes; got ",
+          list_of(sizes));
   for (const int64_t count : counts) {
     require(count >= 0, "part_windows: group_counts must not be negative; got ", list_of(counts));
+    require(count <= kMaxWindows && (kept += count) <= kMaxWindows,
+            "part_windows: group_counts must add up to at most ", kMaxWindows, " windows; got ", list_of(counts));
   }
-  const auto shapes_in_groups = std::accumulate(sizes.begin(), sizes.end(), int64_t{0});
-  require(shapes_in_groups * 2 == static_cast<int64_t>(shapes.size()), "part_windows: group_sizes must add up to the ",
-          shapes.size() / 2, " shapes of window_shapes; got ", list_of(sizes));
 }
 
 void check(const Tensor& activation, int64_t height, int64_t width, const Sizes& window_shapes,

@@ -23,7 +23,8 @@ struct Call {
     require_tensor(kOp, "image", given, ScalarType::Byte, "[B, 1, H, W]", {kAny, 1, kAny, kAny});
     batch = given.size(0), height = given.size(2), width = given.size(3);
     require(height >= 1 && width >= 1, kOp, ": image must have at least one pixel; got ", described(given));
-    require(height <= INT32_MAX / width, kOp, ": image must have at most 2^31 - 1 pixels; got ", described(given));
+    constexpr int64_t kMost = INT32_MAX - 512;  // columns are counted past the last one
+    require(height <= kMost / width, kOp, ": image must have at most ", kMost, " pixels; got ", described(given));
     require_map(kOp, "activation", map, ScalarType::Float);
     h = map.size(1), w = map.size(2);
     require_tensor(kOp, "activation", map, ScalarType::Float, "[B, h, w]", {batch, h, w});
