@@ -40,7 +40,7 @@ demo: $(STAMP) ## phantoms, model, export, Triton server, prediction, report: th
 test: $(STAMP) ## all tests
 	$(BIN)/pytest -n 2
 
-sanitize: $(STAMP) ## the longest runs of the kernels under ThreadSanitizer (minutes)
+sanitize: $(STAMP) ## the ops' programs under ThreadSanitizer (minutes each)
 	$(BIN)/pytest -m thorough tests/kernels
 
 quick: $(STAMP) ## the everyday loop: all tests but the slow ones
