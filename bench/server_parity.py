@@ -1,6 +1,6 @@
 """Holds a served flow against eager fp32, image by image: what a client gets, over gRPC from the real Triton server.
 
-    python -m scaphoid.bench.server_parity msfm.safetensors artefacts repository radiographs/*.png --flow msfm
+    python -m scaphoid.bench.server_parity msfm.safetensors artefacts radiographs/*.png --repository repository
 
 Exits 1 when the bar of the engine's precision is missed; every image beyond it is shown with its margin.
 """
@@ -13,6 +13,7 @@ from pathlib import Path
 import tyro
 from rich.console import Console
 
+from scaphoid.export import parity
 from scaphoid.export.artefacts import ManifestError, read_manifest
 from scaphoid.export.parity import answers, compare, eager_answers, table
 from scaphoid.export.precision import effective_precision
@@ -22,20 +23,13 @@ from scaphoid.triton_repo.client import FlowClient, ServerUnavailable
 from scaphoid.triton_repo.server import ServerError, running_server
 
 
-@dataclass(frozen=True)
-class Arguments:
-    """Compare the answers of a Triton server, started for the purpose, with the eager fp32 model."""
+@dataclass(frozen=True, kw_only=True)
+class Arguments(parity.Arguments):
+    """Compare the answers of a Triton server, started for the purpose, with the eager fp32 model. The artefacts'
+    engines, in process, show the maps that a server does not."""
 
-    weights: tyro.conf.Positional[Path]
-    """The weights file that the artefacts were exported from."""
-    artefacts: tyro.conf.Positional[Path]
-    """Folder that scaphoid-export wrote; its engines, in process, show the maps that a server does not."""
-    repository: tyro.conf.Positional[Path]
+    repository: Path
     """Model repository that was assembled from the artefacts."""
-    images: tyro.conf.Positional[list[Path]]
-    """Radiographs: PNG, JPEG, BMP, TIFF or PGM files."""
-    flow: str = "msfm"
-    """msfm, msfm_fma or kalm."""
 
 
 def main() -> None:
@@ -51,16 +45,16 @@ def main() -> None:
             client = FlowClient(server.grpc_url, flow.name, flow.outputs)
             loop.run(client.__aenter__())
             try:
-                parity = compare(
+                found = compare(
                     flow, arguments.images, eager, lambda data: loop.run(client.predict(data)), engine, precision
                 )
             finally:
                 loop.run(client.__aexit__(None, None, None))
     except (ManifestError, ServerError, ServerUnavailable, OSError, ValueError) as error:
         sys.exit(f"server_parity: {error}")
-    for part in table(parity):
+    for part in table(found):
         Console().print(part)
-    sys.exit(0 if parity.passed else 1)
+    sys.exit(0 if found.passed else 1)
 
 
 if __name__ == "__main__":

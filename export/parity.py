@@ -168,7 +168,7 @@ def table(parity: Parity) -> Iterator[Table | str]:
         yield rows
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Arguments:
     """Compare exported engines, run in process, with the eager fp32 model. Exits 1 when the bar is missed."""
 

@@ -7,12 +7,12 @@ price, write it anew and look at the difference:
 """
 
 import re
-import subprocess
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 
 from scaphoid.kernels import build_ops
+from scaphoid.kernels.kernel_names import readable_names
 
 PATH = build_ops.ROOT / "kernels" / "budget.toml"
 
@@ -42,20 +42,8 @@ def measured() -> dict[str, dict[str, Use]]:
                 stack=_largest(r"(\d+) bytes stack frame", said),
                 spilled=_largest(r"(\d+) bytes spill (?:stores|loads)", said),
             )
-            kernels.setdefault(f"{source.name}: {kernel_name(mangled)}", {})[architecture] = use
+            kernels.setdefault(f"{source.name}: {readable_names([mangled])[mangled]}", {})[architecture] = use
     return kernels
-
-
-def kernel_name(mangled: str) -> str:
-    """The kernel as its source names it, with template arguments: no namespace, return type or parameters."""
-    name = subprocess.run(["c++filt", mangled], capture_output=True, text=True, check=True).stdout.strip()
-    name = re.sub(r"\(anonymous namespace\)::|_GLOBAL__N_\w*::|\bscaphoid::|^void ", "", name)
-    depth = 0
-    for at, character in enumerate(name):
-        depth += {"<": 1, ">": -1}.get(character, 0)
-        if character == "(" and depth == 0:
-            return name[:at]
-    return name
 
 
 def _largest(pattern: str, text: str) -> int:

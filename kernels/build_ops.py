@@ -18,6 +18,8 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -119,59 +121,87 @@ def sources(pattern: str) -> list[Path]:
 
 
 class NinjaFile:
-    """The text of a ninja file, edge by edge. Commands run in csrc, so that no path of this machine is compiled in."""
+    """A ninja file, edge by edge, in the folder that takes its logs. Commands run in csrc, so that no path of this
+    machine is compiled in."""
 
-    def __init__(self) -> None:
-        self.text = "ninja_required_version = 1.8\n"
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.text = f"ninja_required_version = 1.8\nbuilddir = {_path(folder)}\n"
         self.edges = 0
 
-    def compile(self, source: Path, into: str, command: list[object], log: bool = False) -> Path:
-        """Adds an object; `command` is completed by dependencies, source and object. `log` keeps what was said."""
-        built = OBJECTS / into / f"{source.stem}.o"
-        line = _shell([*command, "-MD", "-MF", f"{built}.d", "-c", source, "-o", built])
-        if log:
-            kept = shlex.quote(f"{built}.log")
-            line = f"{line} > {kept} 2>&1 || {{ cat {kept} >&2; exit 1; }}"
-        self._edge(built, [source], line, depfile=f"{built}.d")
-        return built
-
-    def link(self, objects: list[Path], name: str, command: list[object]) -> Path:
-        """Adds a shared library."""
-        built = OBJECTS / name
-        self._edge(built, objects, _shell(["g++", *LINK, *objects, *command, "-o", built]))
-        return built
-
-    def _edge(self, built: Path, inputs: list[Path], line: str, depfile: str = "") -> None:
+    def add(self, built: Path, inputs: list[Path], line: str, depfile: str = "") -> Path:
+        """One shell line that makes `built` of `inputs` and, in `depfile`, of what else it read."""
         self.edges += 1
         self.text += f"rule r{self.edges}\n  command = {line.replace('$', '$$')}\n  description = {built.name}\n"
         self.text += f"  deps = gcc\n  depfile = {depfile}\n" if depfile else ""
         self.text += f"build {_path(built)}: r{self.edges} {' '.join(map(_path, inputs))}\n"
+        return built
+
+    def run(self, name: str, *wanted: object, **how: object) -> subprocess.CompletedProcess:
+        """Makes what is out of date. `how` goes to subprocess.run."""
+        file = self.folder / f"{name}.ninja"
+        file.write_text(self.text)
+        return subprocess.run([find_ninja(), "-C", SOURCES, "-f", file, *map(str, wanted)], **how)
 
 
-def _shell(command: list[object]) -> str:
+def find_ninja() -> str | None:
+    """ninja beside this interpreter or on PATH."""
+    return shutil.which("ninja", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Builds at the same time share a folder's objects: one after the other."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def shell_line(command: list[object]) -> str:
     return " ".join(shlex.quote(str(part)) for part in command)
+
+
+def compile_line(command: list[object], source: Path, built: Path) -> str:
+    """A compiler's `command` completed by dependencies (in BUILT.d), source and object."""
+    return shell_line([*command, "-MD", "-MF", f"{built}.d", "-c", source, "-o", built])
 
 
 def _path(path: Path) -> str:
     return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
 
-def plan(kind: str, toolkit: Toolkit | None) -> tuple[str, Path]:
+def _compile(ninja: NinjaFile, source: Path, into: str, command: list[object], log: bool = False) -> Path:
+    """Adds an object. `log` keeps what the compiler said beside it."""
+    built = OBJECTS / into / f"{source.stem}.o"
+    line = compile_line(command, source, built)
+    if log:
+        kept = shlex.quote(f"{built}.log")
+        line = f"{line} > {kept} 2>&1 || {{ cat {kept} >&2; exit 1; }}"
+    return ninja.add(built, [source], line, f"{built}.d")
+
+
+def _link(ninja: NinjaFile, objects: list[Path], name: str, libraries: list[object]) -> Path:
+    built = OBJECTS / name
+    return ninja.add(built, objects, shell_line(["g++", *LINK, *objects, *libraries, "-o", built]))
+
+
+def plan(kind: str, toolkit: Toolkit | None) -> tuple[NinjaFile, Path]:
     """The ninja file of one library, "torch" or "edge", and where ninja puts that library."""
-    ninja, flavour = NinjaFile(), "cuda" if toolkit else "cpu"
+    ninja, flavour = NinjaFile(OBJECTS), "cuda" if toolkit else "cpu"
     code = " ".join(toolkit.code) if toolkit else ""
     host = ["g++", *LANGUAGE, *HOST, *CPU, "-I."]
-    objects = [ninja.compile(source, "cpu", host) for source in sources("cpu/*.cpp")]
-    objects.append(ninja.compile(Path("architectures.cpp"), flavour, [*host, f'-DSCAPHOID_CUDA_CODE="{code}"']))
+    objects = [_compile(ninja, source, "cpu", host) for source in sources("cpu/*.cpp")]
+    objects.append(_compile(ninja, Path("architectures.cpp"), flavour, [*host, f'-DSCAPHOID_CUDA_CODE="{code}"']))
     libraries: list[object] = []
     if toolkit:
         nvcc = [toolkit.nvcc, *toolkit.flags(), "-I."]
-        objects += [ninja.compile(source, "cuda", nvcc, log=True) for source in sources("cuda/*.cu")]
+        objects += [_compile(ninja, source, "cuda", nvcc, log=True) for source in sources("cuda/*.cu")]
         libraries += [f"-L{toolkit.root / lib}" for lib in ("lib64", "lib") if (toolkit.root / lib).is_dir()]
         libraries += ["-lcudart_static", "-lrt", "-lpthread", "-ldl"]
     if kind == "edge":
-        built = ninja.link(objects, f"{flavour}/libscaphoid_ops_c.so", libraries)
-        return ninja.text, built
+        built = _link(ninja, objects, f"{flavour}/libscaphoid_ops_c.so", libraries)
+        return ninja, built
 
     torch = Path(importlib.util.find_spec("torch").submodule_search_locations[0])
     host += [f"-DTORCH_TARGET_VERSION={STABLE_ABI}", f"-isystem{torch / 'include'}"]  # our warnings, not torch's
@@ -181,24 +211,20 @@ def plan(kind: str, toolkit: Toolkit | None) -> tuple[str, Path]:
         host += ["-DSCAPHOID_CUDA", f"-isystem{toolkit.root / 'include'}"]
         libraries += ["-Wl,--no-as-needed", "-ltorch", "-Wl,--as-needed"]  # brings libtorch_cuda where torch has one
     registrations = [Path("schema.cpp"), *sources("registration/*.cpp")]
-    objects += [ninja.compile(source, f"{flavour}/registration", host) for source in registrations]
-    built = ninja.link(objects, f"{flavour}/libscaphoid_ops.so", libraries)
-    return ninja.text, built
+    objects += [_compile(ninja, source, f"{flavour}/registration", host) for source in registrations]
+    built = _link(ninja, objects, f"{flavour}/libscaphoid_ops.so", libraries)
+    return ninja, built
 
 
 def build(kind: str, out: Path) -> None:
     """Builds the "torch" or the "edge" library as `out`; what is up to date is not compiled again."""
     toolkit = find_toolkit()
-    ninja = shutil.which("ninja", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
-    if ninja is None:
+    if find_ninja() is None:
         sys.exit("scaphoid ops: ninja is missing; install it (pip install ninja, or the system's ninja-build)")
-    OBJECTS.mkdir(parents=True, exist_ok=True)
-    with open(OBJECTS / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # builds at the same time share the objects
-        text, built = plan(kind, toolkit)
-        (OBJECTS / "build.ninja").write_text(f"builddir = {_path(OBJECTS)}\n{text}")
+    with alone_in(OBJECTS):
+        ninja, built = plan(kind, toolkit)
         print(f"scaphoid ops ({kind}): {'CPU and CUDA ' + toolkit.version if toolkit else 'CPU only'}", flush=True)
-        if subprocess.run([ninja, "-C", SOURCES, "-f", OBJECTS / "build.ninja", built]).returncode:
+        if ninja.run("build", built).returncode:
             hint = "; to build without CUDA set SCAPHOID_CUDA=0" if toolkit else ""
             sys.exit(f"scaphoid ops: the build failed, see above{hint}")
         out.parent.mkdir(parents=True, exist_ok=True)

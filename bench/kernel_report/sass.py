@@ -14,6 +14,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from scaphoid.kernels.kernel_names import readable_names
+
 WIDTHS = {"U8": 8, "S8": 8, "U16": 16, "S16": 16, "64": 64, "128": 128, "256": 256}
 
 # Which kind of work an instruction is, by its name up to the first dot; the first match counts.
@@ -114,7 +116,7 @@ def cubin_kernels(cubin: Path) -> list[Kernel]:
     if not kernels:
         return []
     read_sass(_output(tool("nvdisasm"), "-c", cubin), kernels)
-    readable = demangled([kernel.name for kernel in kernels.values()])
+    readable = readable_names([kernel.name for kernel in kernels.values()])
     for kernel in kernels.values():
         kernel.name = readable[kernel.name]
     return list(kernels.values())
@@ -122,28 +124,6 @@ def cubin_kernels(cubin: Path) -> list[Kernel]:
 
 def _output(*command: object) -> str:
     return subprocess.run([str(part) for part in command], check=True, capture_output=True, text=True).stdout
-
-
-def demangled(names: list[str]) -> dict[str, str]:
-    """Readable names, without parameters and `scaphoid::(anonymous namespace)::`."""
-    if shutil.which("c++filt") is None:
-        return {name: name for name in names}
-    said = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True).stdout
-    readable = said.splitlines()
-    return {name: shortened(long) for name, long in zip(names, readable, strict=True)}
-
-
-def shortened(name: str) -> str:
-    """`void scaphoid::(anonymous namespace)::crop<float, (int)4>(Crop, float*)` -> `crop<float, 4>`."""
-    name = re.sub(
-        r"\(anonymous namespace\)::|_GLOBAL__N__\w+::|\bscaphoid::|^void |\((?:unsigned )?(?:int|bool|char)\)", "", name
-    )
-    depth = 0
-    for place, character in enumerate(name):
-        depth += {"<": 1, ">": -1}.get(character, 0)
-        if character == "(" and depth == 0:
-            return name[:place]
-    return name
 
 
 def read_sass(text: str, kernels: dict[str, Kernel]) -> None:

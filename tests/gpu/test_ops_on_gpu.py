@@ -160,14 +160,17 @@ def test_on_another_device_than_the_current_one(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_leaves_no_memory_behind(name):
+def test_takes_no_memory_but_its_outputs_and_leaves_none_behind(name):
     op, arguments = call(name, 64)
     op(*arguments)
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
     kept = tensors(op(*arguments))
     outputs = sum(-(-tensor.nbytes // 512) * 512 for tensor in kept)
-    assert torch.cuda.memory_allocated() - before <= outputs
+    # The backward alone has a workspace: 32 bytes for every 16 rows of a crop.
+    workspace = 64 * 2 * 32 if name.startswith("crop_resize_backward") else 0
+    assert torch.cuda.max_memory_allocated() - before <= outputs + workspace
     del kept
     assert torch.cuda.memory_allocated() == before
 

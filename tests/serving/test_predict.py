@@ -148,7 +148,10 @@ def test_interrupted_run_goes_on_where_it_stopped(predict, radiographs, fake_ser
         "--no-report",
     ]
     process = subprocess.Popen(
-        [*command, "--url", fake_server.url, "--out", str(tmp_path / "out")], stderr=subprocess.PIPE
+        [*command, "--url", fake_server.url, "--out", str(tmp_path / "out")],
+        stderr=subprocess.PIPE,
+        # What a shell starts in the background ignores SIGINT, and so does all that it starts.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     journal, deadline = tmp_path / "out/predictions.jsonl", time.monotonic() + 60
     while (not journal.exists() or journal.read_bytes().count(b"\n") < 2) and time.monotonic() < deadline:
