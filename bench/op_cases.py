@@ -63,12 +63,14 @@ class Op:
 
 @dataclass(frozen=True)
 class Case:
-    """Ops that are held against the same baselines, measured together."""
+    """Ops that are held against the same baselines, measured together. `kept`: in a process that keeps freed memory
+    (memory.py)."""
 
     name: str
     input: str
     ops: tuple[Op, ...]
     baselines: tuple[Contender, ...]
+    kept: bool = False
 
 
 class Unavailable(Exception):
@@ -159,28 +161,34 @@ def windows_of(generator: torch.Generator) -> Tensor:
     return (torch.tensor(boxes) * (IMAGE / MAP)).view(BATCH, WINDOWS, 4)
 
 
-def crop_resize_case(device: torch.device, generator: torch.Generator) -> Case:
+def crop_resize_case(device: torch.device, generator: torch.Generator, kept: bool) -> Case:
+    """`kept`: as in a server or a training run, which soon take freed memory again. Otherwise the float crops lie in
+    fresh pages in every call, as glibc's default has it for blocks above 32 MiB."""
     from scaphoid.kernels.crop_resize import crop_resize
+
+    if not kept and device.type != "cpu":
+        raise Unavailable("on a GPU torch keeps freed memory by itself")
 
     grey = pictures(generator).to(device)
     colour = grey.float().repeat(1, 3, 1, 1)
     last = colour.contiguous(memory_format=torch.channels_last)
     boxes = windows_of(generator).to(device)
+    pages = "" if kept else ", fresh pages"
 
     def writing(image: Tensor) -> Contender:
         shape = (BATCH, WINDOWS, image.shape[1], PART, PART)
-        name = f"writing the crops' {math.prod(shape) * image.element_size() / 1e6:.1f} MB to a fresh tensor"
+        name = f"writing the crops' {math.prod(shape) * image.element_size() / 1e6:.1f} MB to a new tensor{pages}"
         return Contender(name, lambda: torch.empty(shape, dtype=image.dtype, device=device).fill_(1))
 
     def together(crops: object) -> Tensor:
         return torch.cat(crops) if isinstance(crops, list) else crops
 
     float_op = Op(
-        Contender("crop_resize, 3 channels float32", lambda: crop_resize(colour, boxes, PART)),
+        Contender(f"crop_resize, 3 channels float32{pages}", lambda: crop_resize(colour, boxes, PART)),
         lambda result, expected: largest(result, together(expected)),
         "pixels (grey levels of 255)",
         0.02,  # of float32 positions: some 1e-5 of a pixel at 448, times slopes of up to 255
-        Bar(2.5),
+        Bar(2.5) if kept else None,
         (writing(colour),),
     )
     byte_op = Op(
@@ -198,7 +206,9 @@ def crop_resize_case(device: torch.device, generator: torch.Generator) -> Case:
         Contender("grid_sample, a call an image, channels last", lambda: baselines.grid_sample_list(last, boxes, PART)),
     )
     size = f"{BATCH} images x {WINDOWS} windows, {IMAGE} -> {PART}; grids stack an image's windows, 3 channels float32"
-    return Case("crop_resize", size, (float_op, byte_op), forms)
+    if kept:
+        return Case("crop_resize", f"{size}; freed memory kept", (float_op, byte_op), forms, kept=True)
+    return Case("crop_resize_fresh_pages", size, (float_op,), forms)
 
 
 def crop_resize_backward_case(device: torch.device, generator: torch.Generator) -> Case:
@@ -338,7 +348,8 @@ CASES: dict[str, Callable[[torch.device, torch.Generator], Case]] = {
     "object_box": object_box_case,
     "key_area_box": key_area_box_case,
     "part_windows": part_windows_case,
-    "crop_resize": crop_resize_case,
+    "crop_resize": lambda device, generator: crop_resize_case(device, generator, kept=True),
+    "crop_resize_fresh_pages": lambda device, generator: crop_resize_case(device, generator, kept=False),
     "crop_resize_backward": crop_resize_backward_case,
     "suppress_artifacts": suppress_artifacts_case,
     "map_boxes": map_boxes_case,

@@ -9,6 +9,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import numpy as np
 import torch
 
 from scaphoid.bench.comparison import tell
+from scaphoid.bench.memory import NotGlibc, kept_memory
 from scaphoid.bench.op_cases import CASES, Bar, Case, Contender, Op, Run, Unavailable
 from scaphoid.bench.peaks import machine, peaks
 from scaphoid.bench.report import Report, Table
@@ -100,11 +102,10 @@ def bench_ops(arguments: OpsBench) -> Report:
                 tell(f"{name}, {threads} thread" + "s" * (threads > 1))
                 try:
                     case = CASES[name](device, torch.Generator().manual_seed(SEED))
-                except Unavailable as reason:
+                    agreements += agreement(case)
+                    measured.append(measure_case(case, threads, device, arguments.seconds))
+                except (Unavailable, NotGlibc) as reason:
                     skipped.append(f"{name} was skipped: {reason}")
-                    continue
-                agreements += agreement(case)
-                measured.append(measure_case(case, threads, device, arguments.seconds))
     finally:
         torch.set_num_threads(before)
     facts = [
@@ -146,7 +147,7 @@ def measure_case(case: Case, threads: int, device: torch.device, seconds: float)
     contenders = [*(op.op for op in case.ops), *case.baselines, *(bound for op in case.ops for bound in op.bounds)]
     if device.type == "cuda":
         contenders += [in_graph(op.op) for op in case.ops if "backward" not in op.op.name]
-    with torch.no_grad():
+    with torch.no_grad(), kept_memory() if case.kept and device.type == "cpu" else nullcontext():
         return Measured(case, threads, in_turn(contenders, clock, seconds))
 
 
