@@ -9,7 +9,7 @@ STAMP := $(VENV)/.set-up
 CONSTRAINTS := .ci/constraints.txt
 EDGE := build/edge/libscaphoid_ops_c.so
 SOURCES := $(shell find kernels/csrc -type f) kernels/build_ops.py kernels/build_ext.py
-NATIVE := $(shell find kernels tests/kernels bench -name '*.cpp' -o -name '*.h' -o -name '*.cu')
+NATIVE := $(shell find kernels export tests/kernels bench -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 GPU := $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'
 
 .PHONY: help setup demo test quick sanitize test-gpu bench-gpu budget edge lint format weights clean
@@ -40,8 +40,8 @@ demo: $(STAMP) ## phantoms, model, export, Triton server, prediction, report: th
 test: $(STAMP) ## all tests
 	$(BIN)/pytest -n 2
 
-sanitize: $(STAMP) ## the ops' programs under ThreadSanitizer (minutes each)
-	$(BIN)/pytest -m thorough tests/kernels
+sanitize: $(STAMP) ## the ops' programs under Address-, UndefinedBehavior- and ThreadSanitizer
+	$(BIN)/pytest -n 2 -k "asan or tsan" tests/kernels/test_programs.py
 
 quick: $(STAMP) ## the everyday loop: all tests but the slow ones
 	$(BIN)/pytest -q -n 2 -m "not slow"

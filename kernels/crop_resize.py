@@ -38,8 +38,8 @@ def _fake(image, boxes, size):
 
 
 @torch.library.register_fake("scaphoid::crop_resize_backward")
-def _fake_backward(grad, image, boxes, deterministic=False):
-    return image.new_empty(image.shape), boxes.new_empty(boxes.shape)
+def _fake_backward(grad, image, boxes, deterministic=False, to_image=True, to_boxes=True):
+    return image.new_empty(image.shape if to_image else 0), boxes.new_empty(boxes.shape if to_boxes else 0)
 
 
 def _setup_context(ctx, inputs, output):
@@ -48,8 +48,12 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, grad):
+    to_image, to_boxes, _ = ctx.needs_input_grad
     deterministic = torch.are_deterministic_algorithms_enabled()
-    return *torch.ops.scaphoid.crop_resize_backward(grad, *ctx.saved_tensors, deterministic), None
+    of_image, of_boxes = torch.ops.scaphoid.crop_resize_backward(
+        grad, *ctx.saved_tensors, deterministic, to_image, to_boxes
+    )
+    return of_image if to_image else None, of_boxes if to_boxes else None, None
 
 
 torch.library.register_autograd("scaphoid::crop_resize", _backward, setup_context=_setup_context)

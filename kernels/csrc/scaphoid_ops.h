@@ -109,7 +109,7 @@ SCAPHOID_API void scaphoid_crop_resize_cpu(const scaphoid_crops* of, scaphoid_dt
                                            void* workspace);
 
 /* Gradients of images [first, last), not for uint8: grad [batch, count, channels, size, size] of the image's dtype ->
- * grad_image [batch, channels, height, width] dense, grad_boxes [batch, count, 4]. */
+ * grad_image [batch, channels, height, width] dense, grad_boxes [batch, count, 4]; null: that one is not wanted. */
 SCAPHOID_API size_t scaphoid_crop_resize_backward_workspace(const scaphoid_crops* of);
 SCAPHOID_API void scaphoid_crop_resize_backward_cpu(const scaphoid_crops* of, scaphoid_dtype dtype, const void* grad,
                                                     const void* image, const void* boxes, int64_t first, int64_t last,

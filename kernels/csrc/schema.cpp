@@ -11,7 +11,9 @@ STABLE_TORCH_LIBRARY(scaphoid, m) {
       "part_windows(Tensor activation, SymInt height, SymInt width, int[] window_shapes, int[] group_sizes, "
       "int[] group_counts, float iou_threshold) -> (Tensor, Tensor, Tensor)");
   m.def("crop_resize(Tensor image, Tensor boxes, SymInt size) -> Tensor");
-  m.def("crop_resize_backward(Tensor grad, Tensor image, Tensor boxes, bool deterministic=False) -> (Tensor, Tensor)");
+  m.def(
+      "crop_resize_backward(Tensor grad, Tensor image, Tensor boxes, bool deterministic=False, bool to_image=True, "
+      "bool to_boxes=True) -> (Tensor, Tensor)");
   m.def("suppress_artifacts(Tensor image, Tensor activation, float theta, float r) -> Tensor");
   m.def(
       "map_boxes(Tensor boxes, Tensor scores, float gamma, Tensor object_boxes, SymInt height, SymInt width, "

@@ -3,6 +3,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <new>
 
 namespace simt {
@@ -31,7 +32,7 @@ Fiber::Fiber(void (*entry)()) {
   stack_ = static_cast<char*>(memory) + guard_bytes();
 #if defined(__SANITIZE_ADDRESS__)
   __asan_unpoison_memory_region(stack_, kStackBytes);  // of a fiber that was abandoned
-#elif defined(__SANITIZE_THREAD__)
+#elif defined(SIMT_THREAD_SANITIZER)
   tsan_ = __tsan_create_fiber(0);
 #endif
   context_.prepare(stack_, kStackBytes, entry);
@@ -50,7 +51,7 @@ void Fiber::resume() {
 #if defined(__SANITIZE_ADDRESS__)
   void* fake_stack;
   __sanitizer_start_switch_fiber(&fake_stack, stack_, kStackBytes);
-#elif defined(__SANITIZE_THREAD__)
+#elif defined(SIMT_THREAD_SANITIZER)
   home.tsan = __tsan_get_current_fiber();
   __tsan_switch_to_fiber(tsan_, __tsan_switch_to_fiber_no_sync);
 #endif
@@ -63,7 +64,7 @@ void Fiber::resume() {
 void Fiber::suspend() {
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_start_switch_fiber(&fake_stack_, home.bottom, home.bytes);
-#elif defined(__SANITIZE_THREAD__)
+#elif defined(SIMT_THREAD_SANITIZER)
   __tsan_switch_to_fiber(home.tsan, __tsan_switch_to_fiber_no_sync);
 #endif
   context_.switch_to(home.context);
@@ -73,7 +74,8 @@ void Fiber::suspend() {
 }
 
 void Fibers::start_block(size_t count) {
-  if (next_ + count > kBlocks * count) next_ = 0;
+  const size_t most = kThreadSanitizer ? std::max(2 * count, kMostForBlocks) : count;
+  if (next_ + count > most) next_ = 0;
 }
 
 Fiber* Fibers::next() {

@@ -31,8 +31,9 @@ class Fiber {
   void* tsan_ = nullptr;        // ThreadSanitizer's
 };
 
-// To ThreadSanitizer, what a fiber did before is in order with what it does next: there, four blocks in a row get
-// different fibers, so that they can race. More would cost time: every fiber knows how far all others have come.
+// To ThreadSanitizer, what a fiber did before is in order with what it does next: there, two blocks in a row, or as
+// many as kMostForBlocks fibers run, get different fibers, so that they can race. More would cost time: every fiber
+// knows how far all others have come, and takes a megabyte.
 class Fibers {
  public:
   explicit Fibers(void (*entry)()) : entry_(entry) {}
@@ -47,7 +48,7 @@ class Fibers {
   }
 
  private:
-  static constexpr size_t kBlocks = kThreadSanitizer ? 4 : 1;
+  static constexpr size_t kMostForBlocks = 1024;
 
   void (*const entry_)();
   std::vector<std::unique_ptr<Fiber>> fibers_;

@@ -38,8 +38,10 @@ void check_mask(const char* name, unsigned mask, const Site& site) {
   }
 }
 
-// What the lanes of the mask brought, once all have arrived.
-const uint64_t* meet_warp(const char* name, unsigned mask, uint64_t value, int width, const Site& site) {
+// What the lanes of the mask brought, once all have arrived. `ordering`: what they did to memory before is in order
+// with what they do next. CUDA promises that for __syncwarp, but not for shuffles, votes and matches.
+const uint64_t* meet_warp(const char* name, unsigned mask, uint64_t value, int width, const Site& site,
+                          bool ordering = false) {
   check_mask(name, mask, site);
   const Thread& self = *block->current;
   auto& meetings = lanes_of(block->warps[self.warp()], mask).meetings;
@@ -59,7 +61,7 @@ const uint64_t* meet_warp(const char* name, unsigned mask, uint64_t value, int w
   }
   meeting.values[self.lane()] = value;
   meeting.arrived |= 1U << self.lane();
-  publish(meeting.clock);
+  if (ordering) publish(meeting.clock);
   if (meeting.arrived == mask) {
     meeting.arrived = 0;
     ++meetings.turn;
@@ -68,7 +70,7 @@ const uint64_t* meet_warp(const char* name, unsigned mask, uint64_t value, int w
   } else {
     wait(name, site, mask);
   }
-  observe(meeting.clock);
+  if (ordering) observe(meeting.clock);
   return meeting.values;
 }
 
@@ -121,6 +123,11 @@ unsigned match(unsigned mask, uint64_t bits, const Site& site) {
     if (values[std::countr_zero(rest)] == bits) lanes |= rest & -rest;
   }
   return lanes;
+}
+
+void sync_warp(unsigned mask, const Site& site) {
+  const Unwatched unwatched;
+  meet_warp("__syncwarp", mask, 0, 0, site, true);
 }
 
 int meet_block(const char* name, bool predicate, const Site& site) {

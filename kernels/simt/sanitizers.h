@@ -1,7 +1,9 @@
-// What the executor tells Address- and ThreadSanitizer; without them nothing of this does anything.
+// What the executor tells Address- and ThreadSanitizer; without them nothing of this does anything. Kernels are
+// compiled for ThreadSanitizer, the executor is not (SIMT_THREAD_SANITIZER says so): to check its book-keeping would
+// take most of the time.
 #pragma once
 
-#if defined(__SANITIZE_THREAD__)
+#if defined(SIMT_THREAD_SANITIZER)
 #include <sanitizer/tsan_interface.h>
 extern "C" {
 void AnnotateIgnoreReadsBegin(const char* file, int line);
@@ -22,11 +24,12 @@ struct alignas(8) Clock {  // ThreadSanitizer tells clocks apart by the eight by
   char address;
 };
 
-#if defined(__SANITIZE_THREAD__)
+#if defined(SIMT_THREAD_SANITIZER)
 
 constexpr bool kThreadSanitizer = true;
 
-// While one lives, what the fiber reads and writes is the executor's book-keeping, not the kernel's: no race.
+// While one lives, what the fiber allocates, copies and fills is the executor's book-keeping, not the kernel's: no
+// race.
 class Unwatched {
  public:
   Unwatched() {

@@ -1,4 +1,4 @@
-// Warp intrinsics: all lanes of the mask must be there and call the same one.
+// Warp intrinsics: all lanes of the mask must be there and call the same one. __syncwarp alone orders memory.
 #pragma once
 
 #include <cstdint>
@@ -17,6 +17,8 @@ uint64_t shuffle(Shuffle kind, unsigned mask, uint64_t bits, int by, int width, 
 unsigned ballot(const char* name, unsigned mask, bool predicate, const Site& site);
 // Lanes of the mask that brought the same bits.
 unsigned match(unsigned mask, uint64_t bits, const Site& site);
+// The lanes of the mask wait for one another.
+void sync_warp(unsigned mask, const Site& site);
 
 template <class T>
 concept Shuffled = (std::is_arithmetic_v<T> || requires { typename T::Shuffled; }) &&
@@ -34,7 +36,7 @@ T shuffle_value(Shuffle kind, unsigned mask, T value, int by, int width, const S
 }  // namespace simt
 
 inline void __syncwarp(unsigned mask = 0xffffffffU, simt::Site site = simt::Site::current()) {
-  simt::ballot("__syncwarp", mask, true, site);
+  simt::sync_warp(mask, site);
 }
 
 template <simt::Shuffled T>

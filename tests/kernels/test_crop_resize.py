@@ -273,6 +273,30 @@ def test_backward_refuses():
         backward(torch.zeros(1, 2, 1, 3, 3), image.byte(), boxes)
 
 
+@pytest.mark.parametrize(("to_image", "to_boxes"), [(True, False), (False, True), (False, False)])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_only_wanted_gradients_are_computed(random_boxes, dtype, to_image, to_boxes):
+    image = draw_image(3, (2, 2, 11, 9), dtype, "contiguous")
+    boxes = boxes_for(image, random_boxes(3, 2, 3, 11, 9))
+    grad = torch.rand(2, 3, 2, 5, 5, dtype=dtype)
+    backward = torch.ops.scaphoid.crop_resize_backward
+    both = backward(grad, image, boxes)
+    found = backward(grad, image, boxes, to_image=to_image, to_boxes=to_boxes)
+    for wanted, whole, one in zip((to_image, to_boxes), both, found, strict=True):
+        assert torch.equal(one, whole) if wanted else one.numel() == 0
+    torch.library.opcheck(backward.default, (grad, image, boxes, True, to_image, to_boxes))
+
+
+@pytest.mark.parametrize("leaf", ["image", "boxes"])
+def test_autograd_asks_for_the_leaf_alone(random_boxes, leaf):
+    tensors = {"image": torch.rand(1, 1, 7, 6), "boxes": random_boxes(4, 1, 2, 7, 6).float()}
+    expected = {name: tensor.clone().requires_grad_() for name, tensor in tensors.items()}
+    crop_resize(expected["image"], expected["boxes"], 4).square().sum().backward()
+    tensors[leaf].requires_grad_()
+    crop_resize(tensors["image"], tensors["boxes"], 4).square().sum().backward()
+    assert torch.equal(tensors[leaf].grad, expected[leaf].grad)
+
+
 def test_deterministic_algorithms_are_asked_for():
     """The autograd formula hands torch's setting to the op, whose CUDA kernels it picks."""
     asked = []

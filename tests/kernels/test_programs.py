@@ -27,7 +27,7 @@ def _built(mode: str) -> dict[str, Path]:
     [
         "plain",
         pytest.param("asan", marks=pytest.mark.slow),
-        pytest.param("tsan", marks=[pytest.mark.slow, pytest.mark.thorough]),  # minutes each: `make sanitize`
+        pytest.param("tsan", marks=pytest.mark.slow),
     ],
 )
 @pytest.mark.parametrize("program", [source.stem for source in SOURCES])

@@ -66,6 +66,7 @@ BY_THREAD_SANITIZER = [
     "missing_middle_barrier",
     "missing_syncwarp",
     "syncwarp_for_syncthreads",
+    "shuffle_for_syncwarp",
     "blocks_race",
     "blocks_race_after_barrier",
     "plain_increment",
@@ -114,6 +115,14 @@ def test_thread_sanitizer_catches(bug: str) -> None:
         ran = _run("tsan", "bugs", bug, seed=seed)
         assert ran.returncode != 0, f"seed {seed}: {ran.stderr}"
         assert re.search(f"SUMMARY: ThreadSanitizer: data race .* in {bug}", ran.stderr), ran.stderr
+
+
+@pytest.mark.parametrize("bug", ["missing_middle_barrier", "shuffle_for_syncwarp", "blocks_race_after_barrier"])
+def test_races_without_a_trace(bug: str) -> None:
+    """The results are right in every order that the executor takes: ThreadSanitizer alone sees them."""
+    for seed in SEEDS:
+        ran = _run("plain", "bugs", bug, seed=seed)
+        assert ran.returncode == 0, ran.stderr
 
 
 def test_every_bug_is_expected_somewhere() -> None:

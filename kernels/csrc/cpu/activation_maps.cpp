@@ -14,11 +14,15 @@
 namespace scaphoid {
 namespace {
 
-constexpr int64_t kTile = 256;  // cells, neighbours in memory, whose sums are kept in the nearest cache
-constexpr int64_t kBlock = 8;   // planes that are summed before they are added to those sums
-constexpr int64_t kLanes = 16;  // weights are padded with zeros to a multiple of so many channels
-constexpr int64_t kGroup = 3;   // rows of weights that are taken together there
+constexpr int64_t kTile = 256;      // cells, neighbours in memory, whose sums are kept in the nearest cache
+constexpr int64_t kPlanes = 4;      // that are summed before they are added to those sums
+constexpr uintptr_t kAhead = 6144;  // bytes, from a plane that is read to the one that is asked for
+constexpr int64_t kLanes = 16;      // weights are padded with zeros to a multiple of so many channels
+constexpr int64_t kGroup = 3;       // rows of weights that are taken together there
 constexpr int64_t kRows = (1 + SCAPHOID_MAX_CLASSES + kGroup - 1) / kGroup * kGroup;
+
+inline float load(float value) { return value; }  // beside those of the half types
+inline double load(double value) { return value; }
 
 template <class Value, class Sum>
 inline void widen(const Value* from, int64_t count, Sum* to) {
@@ -45,14 +49,6 @@ inline void widen(const Half* from, int64_t count, float* to) {
 
 int64_t padded(int64_t channels) { return (channels + kLanes - 1) / kLanes * kLanes; }
 
-// Asks for part `part` of `parts` of a range that is read next, while the processor computes with what it has.
-inline void prefetch(const void* from, int64_t bytes, int64_t part, int64_t parts) {
-  const int64_t lines = (bytes + 63) / 64;
-  for (int64_t line = lines * part / parts; line < lines * (part + 1) / parts; ++line) {
-    __builtin_prefetch(static_cast<const char*>(from) + line * 64);
-  }
-}
-
 // What is summed: the features times rows of weights, of which the first is all ones. Padded with zeros, to whole
 // groups of rows and, along a row, to whole lanes.
 template <class Sum>
@@ -78,37 +74,152 @@ struct Rows {
 template <class Sum>
 using Sums = Sum[kRows][kTile];
 
+// Neighbours that are taken together, as compilers do not vectorise loops that prefetch: `bytes` of sums.
+template <class Sum, int bytes>
+struct Vector {
+  typedef Sum Type __attribute__((vector_size(bytes)));
+};
+
+// Four planes times their weights, of a cell or of several; the first row's weights are ones.
+struct Ones {
+  template <class Several>
+  void operator()(const Several& a, const Several& b, const Several& c, const Several& d, Several& sum) const {
+    sum += (a + b) + (c + d);
+  }
+};
+template <class Sum>
+struct Weighted {
+  Sum w, x, y, z;
+  explicit Weighted(const Sum* weights) : w(weights[0]), x(weights[1]), y(weights[2]), z(weights[3]) {}
+  template <class Several>
+  void operator()(const Several& a, const Several& b, const Several& c, const Several& d, Several& sum) const {
+    sum += (w * a + x * b) + (y * c + z * d);
+  }
+};
+
+// What the processor is asked to fetch while it adds planes, so that it is there when its turn comes: a line of cache
+// for each plane at a time. Where planes follow one another in memory, the lines do too: of a single stream, the
+// processor itself fetches more.
+template <class Value>
+struct Ahead {
+  static constexpr int64_t kCells = 64 / sizeof(Value);  // of a line
+  uintptr_t first;                                       // a number, as it may lie behind the features' end
+  uintptr_t stride, plane, step;  // bytes from plane to plane, from line to line, from one time to the next
+
+  Ahead(const Value* features, int64_t elements, int64_t cells) : stride(elements * sizeof(Value)) {
+    const uintptr_t bytes = kPlanes * cells * sizeof(Value);
+    first = reinterpret_cast<uintptr_t>(features) + (kAhead + bytes - 1) / bytes * kPlanes * stride;
+    plane = cells == elements ? 64 : stride;
+    step = cells == elements ? kPlanes * 64 : 64;
+  }
+
+  void next_planes() { first += kPlanes * stride; }
+
+  void ask(uintptr_t time) const {
+    for (uintptr_t i = 0; i < kPlanes; ++i) {
+      __builtin_prefetch(reinterpret_cast<const void*>(first + i * plane + time * step));
+    }
+  }
+};
+
+// Adds planes of kTile cells at most to a group of rows of sums.
+template <class Value, class Sum, class First>
+struct Addition {
+  const Value *a, *b, *c, *d;
+  First first;
+  Weighted<Sum> second, third;
+  Sum (*sums)[kTile];
+
+  // To the rows' sums from x on.
+  template <class Several>
+  void add(const Several& p, const Several& q, const Several& r, const Several& s, int64_t x) const {
+    const auto add_to = [&](Sum* row, const auto& weights) {
+      Several sum;
+      std::memcpy(&sum, row + x, sizeof(sum));
+      weights(p, q, r, s, sum);
+      std::memcpy(row + x, &sum, sizeof(sum));
+    };
+    add_to(sums[0], first);
+    add_to(sums[1], second);
+    add_to(sums[2], third);
+  }
+
+  // Cells from x on, as many as one load takes; bfloat16 in the order that `put_in_order` undoes.
+  void add_load(int64_t x) const {
+    using Sums = typename Vector<Sum, 32>::Type;
+    using Bits = typename Vector<uint32_t, 32>::Type;
+    using Loaded = std::conditional_t<std::is_same_v<Value, BFloat16>, Bits, Sums>;
+    Loaded p, q, r, s;  // an array would lie in memory
+    std::memcpy(&p, a + x, sizeof(p));
+    std::memcpy(&q, b + x, sizeof(q));
+    std::memcpy(&r, c + x, sizeof(r));
+    std::memcpy(&s, d + x, sizeof(s));
+    if constexpr (std::is_same_v<Value, BFloat16>) {
+      const Bits odd = Bits{} + 0xFFFF0000U;
+      add<Sums>((Sums)(p << 16), (Sums)(q << 16), (Sums)(r << 16), (Sums)(s << 16), x);
+      add<Sums>((Sums)(p & odd), (Sums)(q & odd), (Sums)(r & odd), (Sums)(s & odd), x + 8);
+    } else {
+      add(p, q, r, s, x);
+    }
+  }
+
+  // All cells. Asks meanwhile for what comes later.
+  template <class Later>
+  void add_all(int64_t cells, const Later& later) const {
+    constexpr int64_t kLine = Later::kCells, kLoad = 32 / sizeof(Value);
+    int64_t x = 0;
+    for (; x + kLine <= cells; x += kLine) {
+      later.ask(x / kLine);
+      for (int64_t i = 0; i < kLine; i += kLoad) add_load(x + i);
+    }
+    for (; x < cells; ++x) add<Sum>(load(a[x]), load(b[x]), load(c[x]), load(d[x]), x);
+  }
+};
+
+// From the order in which Addition takes bfloat16, of sixteen neighbours the even ones first, to that in memory.
+inline void put_in_order(int64_t cells, float* row) {
+  constexpr int64_t kLine = Ahead<BFloat16>::kCells;
+  for (int64_t x = 0; x + 16 <= cells / kLine * kLine; x += 16) {
+    float taken[16];
+    std::memcpy(taken, row + x, sizeof(taken));
+    for (int64_t i = 0; i < 8; ++i) row[x + 2 * i] = taken[i], row[x + 2 * i + 1] = taken[8 + i];
+  }
+}
+
 // Channels are planes of `stride` elements.
 template <class Value, class Sum>
 inline void sum_planes(const Value* features, int64_t stride, int64_t cells, const Rows<Sum>& rows, Sums<Sum>& sums) {
-  Sum widened[kBlock][kTile];
+  constexpr bool kWidens = std::is_same_v<Value, Half>;  // by instructions that want a buffer
+  using Plane = std::conditional_t<kWidens, Sum, Value>;
+  static const Plane kZeros[kTile] = {};
+  Sum widened[kPlanes][kTile];
+  const int64_t last = rows.channels - 1;
+  Ahead<Value> ahead(features, stride, cells);
   for (int64_t row = 0; row < rows.count; ++row) std::fill(sums[row], sums[row] + cells, Sum(0));
-  for (int64_t channel = 0; channel < rows.channels; channel += kBlock) {
-    const Sum* p[kBlock];
-    for (int64_t i = 0; i < kBlock; ++i) {
-      const bool present = channel + i < rows.channels;
-      const Value* plane = features + (channel + i) * stride;
-      p[i] = widened[i];
-      if constexpr (std::is_same_v<Value, Sum>) {
-        if (present) p[i] = plane;
-      } else if (present) {
+  for (int64_t channel = 0; channel <= last; channel += kPlanes) {
+    const Plane* p[kPlanes];
+    for (int64_t i = 0; i < kPlanes; ++i) {
+      const Value* plane = features + std::min(channel + i, last) * stride;
+      if constexpr (kWidens) {
         widen(plane, cells, widened[i]);
+        p[i] = widened[i];
+      } else {
+        p[i] = plane;
       }
-      if (!present) std::fill(widened[i], widened[i] + cells, Sum(0));
+      if (channel + i > last) p[i] = kZeros;
     }
-    const int64_t next = channel + kBlock < rows.channels ? kBlock * stride : 0;
-    for (int64_t row = 0; row <= rows.classes; ++row) {
-      for (int64_t i = 0; i < kBlock; ++i) {
-        prefetch(features + channel * stride + next + i * stride, cells * sizeof(Value), row, 1 + rows.classes);
-      }
-      const Sum* w = rows.weights + row * rows.length + channel;
-      Sum* to = sums[row];
-#pragma GCC ivdep
-      for (int64_t x = 0; x < cells; ++x) {
-        to[x] += ((w[0] * p[0][x] + w[1] * p[1][x]) + (w[2] * p[2][x] + w[3] * p[3][x])) +
-                 ((w[4] * p[4][x] + w[5] * p[5][x]) + (w[6] * p[6][x] + w[7] * p[7][x]));
-      }
+    const auto weights = [&](int64_t row) { return Weighted<Sum>(rows.weights + row * rows.length + channel); };
+    const Addition<Plane, Sum, Ones> ones{p[0], p[1], p[2], p[3], {}, weights(1), weights(2), sums};
+    ones.add_all(cells, ahead);
+    for (int64_t row = kGroup; row < rows.count; row += kGroup) {
+      const Addition<Plane, Sum, Weighted<Sum>> others{
+          p[0], p[1], p[2], p[3], weights(row), weights(row + 1), weights(row + 2), sums + row};
+      others.add_all(cells, ahead);
     }
+    ahead.next_planes();
+  }
+  if constexpr (std::is_same_v<Value, BFloat16>) {
+    for (int64_t row = 0; row <= rows.classes; ++row) put_in_order(cells, sums[row]);
   }
 }
 
@@ -180,7 +291,7 @@ inline void norm(int64_t classes, int64_t cells, Sums<Sum>& sums) {
 template <class Value, class Sum>
 inline void cells(const scaphoid_features& of, const Value* features, const Rows<Sum>& rows, int64_t first,
                   int64_t last, Sum* activation, Sum* class_activation) {
-  Sums<Sum> sums;
+  alignas(64) Sums<Sum> sums;
   const int64_t map = of.h * of.w;
   for (int64_t cell = first; cell < last;) {
     const int64_t in_map = cell % map, count = std::min({kTile, map - in_map, last - cell});

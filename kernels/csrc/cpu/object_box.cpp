@@ -79,7 +79,7 @@ SCAPHOID_VECTORISED Nearest mark(const float* map, int64_t cells, const Threshol
   return {*std::min_element(above, above + kStep), *std::max_element(below, below + kStep)};
 }
 
-// Bytes of 0 or 1 `[h, w]`, and seven readable ones behind them, into bits.
+// Bytes of 0 or 1 `[h, w]`, and seven zeros behind them, into bits.
 void pack(const uint8_t* marks, int64_t w, Bits& bits) {
   for (int64_t r = 0; r < bits.h; ++r) {
     for (int64_t k = 0; k < bits.columns; ++k) {
@@ -216,6 +216,7 @@ void object_box(const float* activation, const float* class_activation, const Gr
   Bits mask(workspace, grid.h, grid.w), class_mask(workspace + words, grid.h, grid.w);
   Bits region(workspace + 2 * words, grid.h, grid.w);
   auto* marks = reinterpret_cast<uint8_t*>(workspace + 3 * words);
+  std::memset(marks + cells, 0, 8);
   const Nearest nearest = mark(activation, cells, threshold, marks);
   pack(marks, grid.w, mask);
   const Nearest class_nearest = mark(class_activation, cells, class_threshold, marks);

@@ -148,7 +148,7 @@ int launch(const scaphoid_crops& of, const void* grad, const void* image, const 
   const auto* box = static_cast<const Real*>(boxes);
   auto* to = static_cast<Real*>(grad_image);
   auto* slopes = static_cast<BoxSlopes*>(workspace);
-  const int64_t planes = of.batch * of.channels, crops = of.batch * of.count;
+  const int64_t planes = to == nullptr ? 0 : of.batch * of.channels, crops = of.batch * of.count;
   if (planes > 0 && deterministic) {
     const int across = tiles(of.width, kTileWidth), an_image = across * tiles(of.height, kTileHeight);
     if (planes * an_image > INT32_MAX) return static_cast<int>(cudaErrorInvalidConfiguration);
@@ -159,15 +159,18 @@ int launch(const scaphoid_crops& of, const void* grad, const void* image, const 
     const cudaError_t error = cudaMemsetAsync(to, 0, bytes, static_cast<cudaStream_t>(stream));
     if (error != cudaSuccess) return static_cast<int>(error);
   }
-  if (crops > 0) {
+  const bool scatter = planes > 0 && !deterministic;  // sums up the boxes' gradients on its way
+  if (crops > 0 && (scatter || grad_boxes != nullptr)) {
     const dim3 grid(static_cast<unsigned>(crops), tiles(of.size, kRowsPerBlock));
-    if (deterministic) {
-      LAUNCH((crop_gradients_kernel<Pixel, Real, false>), grid, kCropThreads, 0, stream, Crops(of), from, pixels, box,
-             to, slopes);
-    } else {
+    if (scatter) {
       LAUNCH((crop_gradients_kernel<Pixel, Real, true>), grid, kCropThreads, 0, stream, Crops(of), from, pixels, box,
              to, slopes);
+    } else {
+      LAUNCH((crop_gradients_kernel<Pixel, Real, false>), grid, kCropThreads, 0, stream, Crops(of), from, pixels, box,
+             to, slopes);
     }
+  }
+  if (crops > 0 && grad_boxes != nullptr) {
     LAUNCH((box_gradients_kernel<Real>), tiles(crops, kCropThreads), kCropThreads, 0, stream, static_cast<int>(crops),
            tiles(of.size, kRowsPerBlock), static_cast<int>(of.size), slopes, static_cast<Real*>(grad_boxes));
   }

@@ -81,7 +81,6 @@ std::tuple<Tensor, Tensor> activation_maps(const Tensor& features, const Tensor&
 
 #ifdef SCAPHOID_CUDA
 std::tuple<Tensor, Tensor> activation_maps_cuda(const Tensor& features, const Tensor& weight) {
-  const OnDevice device(features);
   const Call call(features, weight);
   const scaphoid_features& of = call.of;
   // Kernels index an image's features, the weights and all maps' cells with 32 bits.
@@ -90,6 +89,7 @@ std::tuple<Tensor, Tensor> activation_maps_cuda(const Tensor& features, const Te
               of.batch <= kMost / (of.h * of.w),
           kOp, ": on CUDA an image's features, and the cells of all maps, must each be at most ", kMost,
           "; got features ", described(features));
+  const OnDevice device(features);
   require_launched(kOp, scaphoid_activation_maps_cuda(&of, call.features.const_data_ptr(), call.weight.const_data_ptr(),
                                                       call.activation.mutable_data_ptr(),
                                                       call.class_activation.mutable_data_ptr(), device.stream()));

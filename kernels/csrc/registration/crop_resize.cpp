@@ -66,13 +66,14 @@ Tensor crop_resize(const Tensor& image, const Tensor& boxes, int64_t size) {
 }
 
 // Checked arguments of the backward, dense where it needs them so, and its results: the image's gradient is summed in
-// the type of the boxes.
+// the type of the boxes. A gradient that is not wanted has no elements.
 struct Backward {
   scaphoid_crops of;
   scaphoid_dtype dtype;
   Tensor grad, boxes, grad_image, grad_boxes;
 
-  static Backward of_tensors(const Tensor& grad, const Tensor& image, const Tensor& boxes) {
+  static Backward of_tensors(const Tensor& grad, const Tensor& image, const Tensor& boxes, bool to_image,
+                             bool to_boxes) {
     const char* op = "crop_resize_backward";
     require(grad.dim() == 5, op, ": grad must be [B, n, C, size, size]; got ", described(grad));
     require(image.scalar_type() != ScalarType::Byte, op, ": image must be float16, bfloat16, float32 or float64; got ",
@@ -85,8 +86,8 @@ struct Backward {
             pixels_of(op, image),
             torch::stable::contiguous(grad),
             torch::stable::contiguous(boxes),
-            new_tensor(boxes, {of.batch, of.channels, of.height, of.width}),
-            new_tensor(boxes, {of.batch, of.count, 4})};
+            new_tensor(boxes, to_image ? Sizes{of.batch, of.channels, of.height, of.width} : Sizes{0}),
+            new_tensor(boxes, to_boxes ? Sizes{of.batch, of.count, 4} : Sizes{0})};
   }
 
   std::tuple<Tensor, Tensor> results(const Tensor& image) const {
@@ -95,13 +96,14 @@ struct Backward {
 };
 
 std::tuple<Tensor, Tensor> crop_resize_backward(const Tensor& grad, const Tensor& image, const Tensor& boxes,
-                                                bool /*deterministic: always, here*/) {
-  const Backward run = Backward::of_tensors(grad, image, boxes);
+                                                bool /*deterministic: always, here*/, bool to_image, bool to_boxes) {
+  const Backward run = Backward::of_tensors(grad, image, boxes, to_image, to_boxes);
   in_parallel(run.of.batch, 1, scaphoid_crop_resize_backward_workspace(&run.of),
               [&](int64_t first, int64_t last, void* workspace) {
-                scaphoid_crop_resize_backward_cpu(
-                    &run.of, run.dtype, run.grad.const_data_ptr(), image.const_data_ptr(), run.boxes.const_data_ptr(),
-                    first, last, run.grad_image.mutable_data_ptr(), run.grad_boxes.mutable_data_ptr(), workspace);
+                scaphoid_crop_resize_backward_cpu(&run.of, run.dtype, run.grad.const_data_ptr(), image.const_data_ptr(),
+                                                  run.boxes.const_data_ptr(), first, last,
+                                                  to_image ? run.grad_image.mutable_data_ptr() : nullptr,
+                                                  to_boxes ? run.grad_boxes.mutable_data_ptr() : nullptr, workspace);
               });
   return run.results(image);
 }
@@ -135,18 +137,19 @@ Tensor crop_resize_cuda(const Tensor& image, const Tensor& boxes, int64_t size) 
 }
 
 std::tuple<Tensor, Tensor> crop_resize_backward_cuda(const Tensor& grad, const Tensor& image, const Tensor& boxes,
-                                                     bool deterministic) {
-  const OnDevice device(image);
-  const Backward run = Backward::of_tensors(grad, image, boxes);
+                                                     bool deterministic, bool to_image, bool to_boxes) {
+  const Backward run = Backward::of_tensors(grad, image, boxes, to_image, to_boxes);
   require_32_bits("crop_resize_backward", run.of, image);
   require(static_cast<double>(run.of.batch) * run.of.channels * run.of.height * run.of.width <= INT32_MAX,
           "crop_resize_backward: on CUDA image must have at most 2^31 - 1 pixels in all; got ", described(image));
+  const OnDevice device(image);
   const Tensor workspace = device_workspace(image, scaphoid_crop_resize_backward_cuda_workspace(&run.of));
   require_launched("crop_resize_backward",
-                   scaphoid_crop_resize_backward_cuda(
-                       &run.of, run.dtype, run.grad.const_data_ptr(), image.const_data_ptr(),
-                       run.boxes.const_data_ptr(), deterministic, run.grad_image.mutable_data_ptr(),
-                       run.grad_boxes.mutable_data_ptr(), workspace.mutable_data_ptr(), device.stream()));
+                   scaphoid_crop_resize_backward_cuda(&run.of, run.dtype, run.grad.const_data_ptr(),
+                                                      image.const_data_ptr(), run.boxes.const_data_ptr(), deterministic,
+                                                      to_image ? run.grad_image.mutable_data_ptr() : nullptr,
+                                                      to_boxes ? run.grad_boxes.mutable_data_ptr() : nullptr,
+                                                      workspace.mutable_data_ptr(), device.stream()));
   return run.results(image);
 }
 #endif

@@ -70,9 +70,9 @@ std::tuple<Tensor, Tensor> key_area_box(const Tensor& activation, const Tensor& 
 std::tuple<Tensor, Tensor> key_area_box_cuda(const Tensor& activation, const Tensor& width_weight,
                                              const Tensor& width_bias, const Tensor& height_weight,
                                              const Tensor& height_bias, int64_t height, int64_t width) {
-  const OnDevice device(activation);
   const Call call(activation, width_weight, width_bias, height_weight, height_bias, height, width);
   require_small_map(kOp, "activation", activation);
+  const OnDevice device(activation);
   require_launched(
       kOp, scaphoid_key_area_box_cuda(call.dtype, call.activation.const_data_ptr(), call.layers[0].const_data_ptr(),
                                       call.layers[1].const_data_ptr(), call.layers[2].const_data_ptr(),

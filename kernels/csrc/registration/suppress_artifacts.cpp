@@ -52,12 +52,12 @@ Tensor suppress_artifacts(const Tensor& image, const Tensor& activation, double 
 
 #ifdef SCAPHOID_CUDA
 Tensor suppress_artifacts_cuda(const Tensor& image, const Tensor& activation, double theta, double r) {
-  const OnDevice device(image);
   const Call call(image, activation, theta, r);
   require_small_map(kOp, "activation", activation);
   // A block takes a tile of 8 rows and 512 columns.
   require(call.batch <= INT32_MAX / ((call.height + 7) / 8 * ((call.width + 511) / 512)), kOp,
           ": on CUDA image must have at most 2^31 - 1 tiles of 8 x 512 pixels; got ", described(image));
+  const OnDevice device(image);
   require_launched(kOp, scaphoid_suppress_artifacts_cuda(call.image.const_data_ptr<uint8_t>(),
                                                          call.activation.const_data_ptr<float>(), call.batch, call.h,
                                                          call.w, call.height, call.width, theta, r,

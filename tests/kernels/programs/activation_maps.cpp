@@ -71,7 +71,7 @@ struct Case {
     scaphoid_features call = of;
     call.channels_last = in_cells;
     Maps<Sum> maps(cells());
-    std::vector<double> workspace(scaphoid_activation_maps_workspace(&call) / sizeof(double) + 1);
+    std::vector<double> workspace = used_workspace(scaphoid_activation_maps_workspace(&call));
     const auto run = [&](int64_t begin, int64_t end) {
       scaphoid_activation_maps_cpu(&call, in_cells ? last.data() : features.data(), weight.data(), begin, end,
                                    maps.activation.data(), maps.of_class.data(), workspace.data());

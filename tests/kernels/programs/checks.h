@@ -1,6 +1,7 @@
 // What the programs share: random numbers that are the same on every run, and failures that are counted and told.
 #pragma once
 
+#include <bit>
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
@@ -15,6 +16,11 @@ inline int draw(int low, int high) { return std::uniform_int_distribution<int>(l
 
 inline void expect(bool holds, const std::string& what) {
   if (!holds && ++failures <= 20) std::printf("%s\n", what.c_str());
+}
+
+// What an op may find in its workspace: anything, here bits of ones (as a number: NaN).
+inline std::vector<double> used_workspace(size_t bytes) {
+  return std::vector<double>((bytes + 7) / 8, std::bit_cast<double>(~uint64_t{0}));
 }
 
 // The same bits.

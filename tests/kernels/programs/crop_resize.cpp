@@ -153,7 +153,8 @@ Case draw_case(int number) {
 
 void check_forward(const Case& it) {
   const int64_t rows = it.of.batch * it.of.count * it.of.size, middle = rows / 3;
-  Bytes cpu(it.grad.size(), 0xA5), split(cpu), cuda(cpu), workspace(scaphoid_crop_resize_workspace(&it.of));
+  Bytes cpu(it.grad.size(), 0xA5), split(cpu), cuda(cpu);
+  std::vector<double> workspace = used_workspace(scaphoid_crop_resize_workspace(&it.of));
   const auto run = [&](int64_t first, int64_t last, Bytes& to) {
     scaphoid_crop_resize_cpu(&it.of, it.type.dtype, it.image.data(), it.boxes.data(), first, last, to.data(),
                              workspace.data());
@@ -180,7 +181,7 @@ Gradients run_cuda(const Case& it, bool deterministic) {
   const Type& real = real_of(it.type);
   Gradients to{Bytes(it.of.batch * it.of.channels * it.of.height * it.of.width * real.bytes, 0xA5),
                Bytes(it.boxes.size(), 0xA5)};
-  std::vector<double> workspace(scaphoid_crop_resize_backward_cuda_workspace(&it.of) / sizeof(double));
+  std::vector<double> workspace = used_workspace(scaphoid_crop_resize_backward_cuda_workspace(&it.of));
   const int error =
       scaphoid_crop_resize_backward_cuda(&it.of, it.type.dtype, it.grad.data(), it.image.data(), it.boxes.data(),
                                          deterministic, to.image.data(), to.boxes.data(), workspace.data(), nullptr);
@@ -192,7 +193,7 @@ void check_backward(const Case& it) {
   const Type& real = real_of(it.type);
   Gradients cpu{Bytes(it.of.batch * it.of.channels * it.of.height * it.of.width * real.bytes, 0xA5),
                 Bytes(it.boxes.size(), 0xA5)};
-  std::vector<double> workspace(scaphoid_crop_resize_backward_workspace(&it.of) / sizeof(double) + 1);
+  std::vector<double> workspace = used_workspace(scaphoid_crop_resize_backward_workspace(&it.of));
   scaphoid_crop_resize_backward_cpu(&it.of, it.type.dtype, it.grad.data(), it.image.data(), it.boxes.data(), 0,
                                     it.of.batch, cpu.image.data(), cpu.boxes.data(), workspace.data());
   const Gradients ordered = run_cuda(it, true), again = run_cuda(it, true), atomic = run_cuda(it, false);

@@ -31,7 +31,7 @@ void check(int number, scaphoid_dtype dtype) {
   if (number % 11 == 0) height_bias[0] = static_cast<Real>(odd[draw(0, 2)]);
 
   std::vector<Real> boxes(batch * 4, Real(-7)), margin(batch, Real(-7)), cuda_boxes(boxes), cuda_margin(margin);
-  std::vector<double> workspace(scaphoid_key_area_box_workspace(h, w) / sizeof(double) + 1);
+  std::vector<double> workspace = used_workspace(scaphoid_key_area_box_workspace(h, w));
   scaphoid_key_area_box_cpu(dtype, activation.data(), width_weight.data(), width_bias.data(), height_weight.data(),
                             height_bias.data(), batch, h, w, height, width, boxes.data(), margin.data(),
                             workspace.data());

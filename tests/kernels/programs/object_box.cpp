@@ -31,7 +31,7 @@ void check(int number) {
   if (number % 5 == 0 && batch > 0) spoilt[draw(0, static_cast<int>(h * w) - 1)] = odd[draw(0, 3)];
 
   std::vector<float> boxes(batch * 4, -7), margin(batch, -7), cuda_boxes(boxes), cuda_margin(margin);
-  std::vector<double> workspace((scaphoid_object_box_workspace(h, w) + 7) / 8);
+  std::vector<double> workspace = used_workspace(scaphoid_object_box_workspace(h, w));
   scaphoid_object_box_cpu(maps[0].data(), maps[1].data(), batch, h, w, height, width, boxes.data(), margin.data(),
                           workspace.data());
   const int error = scaphoid_object_box_cuda(maps[0].data(), maps[1].data(), batch, h, w, height, width,

@@ -34,7 +34,7 @@ void check(int number) {
 
   std::vector<float> boxes(batch * n * 4, -7), scores(batch * n, -7), margin(batch, -7);
   std::vector<float> cuda_boxes(boxes), cuda_scores(scores), cuda_margin(margin);
-  std::vector<double> workspace((scaphoid_part_windows_workspace(h, w, &groups) + 7) / 8);
+  std::vector<double> workspace = used_workspace(scaphoid_part_windows_workspace(h, w, &groups));
   scaphoid_part_windows_cpu(map.data(), &groups, batch, h, w, height, width, boxes.data(), scores.data(), margin.data(),
                             workspace.data());
   const int error = scaphoid_part_windows_cuda(map.data(), &groups, batch, h, w, height, width, cuda_boxes.data(),

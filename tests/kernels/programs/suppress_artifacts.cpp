@@ -36,7 +36,7 @@ void check(int number) {
   uint8_t *image = aligned(memory), *cuda = aligned(cuda_memory);
   for (int64_t i = 0; i < pixels; ++i) image[i] = static_cast<uint8_t>(draw(0, 255));
 
-  std::vector<double> workspace(scaphoid_suppress_artifacts_workspace(width) / sizeof(double) + 1);
+  std::vector<double> workspace = used_workspace(scaphoid_suppress_artifacts_workspace(width));
   const auto rows = [&](int64_t first, int64_t last, std::vector<uint8_t>& to) {
     scaphoid_suppress_artifacts_cpu(image, activation.data(), h, w, height, width, theta, r, first, last, to.data(),
                                     workspace.data());

@@ -40,6 +40,15 @@ __global__ void syncwarp_for_syncthreads(float* out) {
   out[threadIdx.x] = values[63 - threadIdx.x];
 }
 
+// A shuffle lets lanes wait for one another, but orders nothing that they
+// write.
+__global__ void shuffle_for_syncwarp(float* out) {
+  SHARED_ARRAY(float, values, 32);
+  values[threadIdx.x] = threadIdx.x;
+  const int from = __shfl_xor_sync(kWholeWarp, static_cast<int>(threadIdx.x), 1);
+  out[threadIdx.x] = values[from];
+}
+
 __global__ void divergent_barrier(float* out) {
   if (threadIdx.x < 32) {
     __syncthreads();
@@ -183,6 +192,7 @@ constexpr Bug kBugs[] = {
     BUG(missing_middle_barrier, 1, 64, 0, 64),
     BUG(missing_syncwarp, 1, 32, 0, 32),
     BUG(syncwarp_for_syncthreads, 1, 64, 0, 64),
+    BUG(shuffle_for_syncwarp, 1, 32, 0, 32),
     BUG(divergent_barrier, 1, 64, 0, 64),
     BUG(barrier_of_some, 1, 64, 0, 64),
     BUG(barrier_after_exit, 1, 64, 0, 64),
