@@ -40,6 +40,7 @@ FRACATLAS = ROOT.parent / "shared" / "data" / "fracatlas"
 CR_RADIOGRAPHS = ("RG1_UNCR.dcm", "RG1_J2KR.dcm", "RG3_UNCR.dcm", "RG3_J2KR.dcm")  # real, from the package pydicom-data
 FLOWS = ("msfm", "msfm_fma", "kalm")
 LATENCY_REQUESTS = 40
+GATE_IMAGES = 32  # of the export's gate; scaphoid-export takes 256
 
 console = Console()
 
@@ -116,7 +117,7 @@ def draw_twins(folder: Path, count: int) -> Index:
 def build_repository(out: Path) -> Path:
     """Encoders to OpenVINO, glue to TorchScript, preprocessing to DALI, and the Triton repository around them."""
     with step("exporting the shipped weights and assembling the Triton repository"):
-        export([WEIGHTS / "msfm.safetensors", WEIGHTS / "kalm.safetensors"], out / "artefacts")
+        export([WEIGHTS / "msfm.safetensors", WEIGHTS / "kalm.safetensors"], out / "artefacts", images=GATE_IMAGES)
         assemble(out / "artefacts", out / "repository")
     return out / "repository"
 

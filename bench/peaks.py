@@ -127,12 +127,12 @@ def peaks(side: int = SIDE, copy_mib: int = COPY_MIB, threads: Sequence[int] = (
     memory with each of `threads`."""
     import torch
 
-    from scaphoid.export.precision import PRECISIONS, effective_precision
+    from scaphoid.export.precision import HINTS, effective_precision
 
     work = 2e-9 * side**3
     a, b = torch.rand(side, side), torch.rand(side, side)
     gflops = {"torch f32": work / _best_s(lambda: a @ b)}
-    for precision in PRECISIONS:
+    for precision in dict.fromkeys(HINTS.values()):
         if effective_precision(precision) == precision:
             gflops[f"OpenVINO {precision}"] = work / _best_s(_openvino_product(a.numpy(), b.numpy(), precision))
     source = torch.ones(copy_mib * 2**18)

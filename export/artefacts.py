@@ -1,14 +1,20 @@
 """The manifest that travels with artefacts and with a model repository: what they are, and the sha256 of every file.
 
+    scaphoid-export verify artefacts
+
 Imports nothing heavy: the server verifies a repository without torch.
 """
 
 import hashlib
 import json
-from importlib.metadata import PackageNotFoundError, version
+import sys
+from importlib.metadata import PackageNotFoundError, metadata, version
 from pathlib import Path
 
 MANIFEST = "manifest.json"
+PARITY, PARITY_REPORT, MODEL_CARD = "parity.json", "parity.md", "MODEL_CARD.md"
+DOCUMENTS = (PARITY, PARITY_REPORT, MODEL_CARD)  # go where the artefacts go
+CONTAINER = {"image": "tritonserver", "release": "26.07"}  # the vendor's; the oldest that GPU repositories may use
 FORMAT = 1
 OPS_LIBRARY = "libscaphoid_ops.so"
 PHANTOMS = "phantoms"  # of weights trained on drawn radiographs: the generator's version
@@ -20,8 +26,11 @@ class ManifestError(Exception):
 
 
 def sha256(path: Path) -> str:
+    digest = hashlib.sha256()
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while block := file.read(2**20):  # hashlib.file_digest is newer than the Python 3.10 of edge devices
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def versions() -> dict[str, str]:
@@ -33,6 +42,14 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             found[package] = "not installed"
     return found
+
+
+def licence() -> str:
+    """Of this package, and so of the code inside the artefacts."""
+    try:
+        return metadata("scaphoid")["License-Expression"]
+    except PackageNotFoundError:
+        return "not installed"
 
 
 def _files(folder: Path) -> list[str]:
@@ -86,3 +103,27 @@ def verify(folder: Path) -> dict:
                 f"{folder / name} changed since its manifest was written (sha256 differs): assemble again"
             )
     return manifest
+
+
+def accepted(manifest: dict) -> str:
+    """A line for whoever uses artefacts that did not pass their gate; empty for all others."""
+    parity = manifest.get("parity", {})
+    if "accepted" not in parity:
+        return ""
+    return (
+        f"NOT AS EAGER fp32: published though the gate failed, accepted as {parity['accepted']!r}: "
+        f"{parity['failures'][0]}" + (f" and {more} more" if (more := len(parity["failures"]) - 1) else "")
+    )
+
+
+def main(arguments: list[str]) -> None:
+    """`scaphoid-export verify DIR`."""
+    if len(arguments) != 1 or arguments[0].startswith("-"):
+        sys.exit("usage: scaphoid-export verify DIR: a folder of scaphoid-export, or a model repository")
+    try:
+        manifest = verify(Path(arguments[0]))
+    except (ManifestError, OSError) as error:
+        sys.exit(f"verify: {error}")
+    print(f"{arguments[0]}: {len(manifest['files'])} files are what the manifest says")
+    if line := accepted(manifest):
+        print(line)

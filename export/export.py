@@ -1,167 +1,152 @@
 """`scaphoid-export`: trained weights to artefacts, a folder for each stage and one manifest.
 
 scaphoid-export msfm.safetensors kalm.safetensors --out artefacts
+scaphoid-export msfm.safetensors --out artefacts --precision int8 --calibration data/phantoms
+scaphoid-export formats
+scaphoid-export verify artefacts
+scaphoid-export check-rtx artefacts
+
+Everything that was exported is held against eager fp32 before it is published (gate.py). What fails stays beside, in
+OUT.rejected, with its report and without a manifest: nothing serves it.
 """
 
+import json
 import shutil
 import sys
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 import tyro
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
 from torch import Tensor, nn
 
 import scaphoid.kernels
-from scaphoid.export.artefacts import MANIFEST, OPS_LIBRARY, PHANTOMS, sha256, versions, write_manifest
+from scaphoid.export import artefacts as artefacts_module
+from scaphoid.export import rtx_compile_check
+from scaphoid.export.artefacts import CONTAINER, MANIFEST, OPS_LIBRARY, accepted, licence, versions
+from scaphoid.export.calibration import prepare, rounds_table
+from scaphoid.export.doors import Door
+from scaphoid.export.edge.settings import settings
+from scaphoid.export.flow_module import FlowModule, flow_stage
+from scaphoid.export.formats import FORMATS, INT8, SERVED, Format, choose, describe
+from scaphoid.export.gate import hold
+from scaphoid.export.gate_images import PHANTOMS as GATE
+from scaphoid.export.gate_images import gate_images
+from scaphoid.export.pipeline_to_dali import pipeline_to_dali
 from scaphoid.export.precision import Precision, effective_precision
-from scaphoid.export.runner import PREPROCESS_BATCH, eager_stages, load_served, run
-from scaphoid.export.torch_to_openvino import torch_to_openvino
-from scaphoid.export.torch_to_torchscript import torch_to_torchscript
-from scaphoid.trainer.checkpoint import Model, read_metadata
-from scaphoid.trainer.contracts import ENCODED, STAGES, Stage
-from scaphoid.trainer.data.pipeline import serialize
-from scaphoid.trainer.flows import FLOWS, Flow
-
-SAMPLE = b"P5\n96 64\n255\n" + bytes((7 * x + 5 * y + x * y // 16) % 256 for y in range(64) for x in range(96))
-TORCH_TYPES = {"UINT8": torch.uint8, "INT32": torch.int32, "FP32": torch.float32}
+from scaphoid.export.publish import GateError, publish
+from scaphoid.export.runner import PREPROCESS_BATCH
+from scaphoid.export.tensorrt_engines.device_files import write_device_files
+from scaphoid.export.trained import ExportError, Trained, flows_of, load_trained
+from scaphoid.trainer.contracts import STAGES, Stage
+from scaphoid.trainer.data.index import Index
 
 
-class ExportError(Exception):
-    """Weights that cannot be exported as asked. One line: which file, what was expected, what to do."""
-
-
-@dataclass(frozen=True)
-class Door:
-    """What really goes in and out of one stage of a trained model, from one run on a sample of two images."""
-
-    inputs: tuple[Tensor, ...]
-    outputs: tuple[Tensor, ...]
-
-    def describe(self, stage: Stage) -> dict:
-        """The stage's contract with the run's numbers in place of words."""
-
-        def tensors(contract, samples) -> list[dict]:
-            return [
-                {"name": tensor.name, "dtype": tensor.dtype, "dims": list(sample.shape[1:])}
-                for tensor, sample in zip(contract, samples, strict=True)
-            ]
-
-        return {
-            "kind": stage.kind,
-            "inputs": tensors(stage.inputs, self.inputs),
-            "outputs": tensors(stage.outputs, self.outputs),
-        }
-
-
-def export(weights: list[Path], out: Path, precision: Precision = "f32") -> dict:
+def export(
+    weights: list[Path],
+    out: Path,
+    precision: Precision = "f32",
+    formats: Sequence[str] = (),
+    images: int = GATE.images,
+    data: Path | None = None,
+    accept: str = "",
+    calibration: Path | None = None,
+) -> dict:
     """Export every flow that the `weights` files make possible into the folder `out`; returns the manifest's content.
+    `formats` are written besides those that are served. The gate holds all of it against eager fp32 on `images`
+    phantoms, or radiographs of the index `data`; `accept` is the reason to publish what fails.
 
-    An `out` that holds earlier artefacts is replaced, once the new ones are complete. Raises ExportError, and
-    ValueError for a file whose model does not load or is served by no flow.
+    An `out` that holds earlier artefacts is replaced, once the new ones are complete. Raises ExportError, GateError
+    (nothing was published), and ValueError for a file whose model does not load or is served by no flow, for a format
+    that cannot be written, and for images that cannot be used.
     """
+    if (precision == "int8") != (calibration is not None):
+        raise ExportError("--precision int8 and --calibration INDEX go together: int8 is calibrated on training images")
+    chosen = prepare(calibration) if calibration else None
+    also = choose([*formats, *(["onnx"] if precision == "int8" else [])])
     if taken := [path for path in (out, *out.parents) if path.exists() and not path.is_dir()]:
         raise ExportError(f"--out {out}: {taken[0]} is a file: artefacts need a folder of their own")
     if out.exists() and any(out.iterdir()) and not (out / MANIFEST).is_file():
         raise ExportError(f"{out} is not empty and holds no artefacts: choose another --out")
-    modules: dict[str, nn.Module] = {}
-    doors: dict[str, Door] = {}
-    origins: list[dict] = []
-    image_size = None
-    for path in weights:
-        model = load_served(path)
-        size = model.config.image_size
-        if image_size not in (None, size):
-            raise ExportError(f"{path} takes images of {size} pixels, {weights[0]} of {image_size}: export them apart")
-        image_size = size
-        stages = model.stages()
-        if taken := sorted(set(stages) & set(modules)):
-            raise ExportError(f"{path} has the stages of another weights file ({taken[0]}): export them apart")
-        modules |= stages
-        origins.append(origin(path, model, stages))
-        for flow in flows_of(stages):
-            doors |= record(flow, eager_stages(model, size))
-    flows = flows_of(modules)
-
+    trained = load_trained(weights)
+    checked_on = gate_images(images, data)
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    for name in sorted({name for flow in flows for name in flow.stages}):
-        (partial / name).mkdir(parents=True)
-        export_stage(STAGES[name], modules.get(name), doors[name], partial / name, image_size)
-    shutil.copyfile(Path(scaphoid.kernels.__file__).parent / OPS_LIBRARY, partial / OPS_LIBRARY)
-    content = {
-        "flows": [flow.name for flow in flows],
-        "precision": precision,
-        "image_size": image_size,
-        "weights": origins,
-        "versions": versions(),
-        "stages": {name: door.describe(STAGES[name]) for name, door in doors.items()},
-    }
-    write_manifest(partial, content)
-    shutil.rmtree(out, ignore_errors=True)
-    partial.rename(out)
-    return content
+    try:
+        quantization = write_stages(trained, also, chosen, partial)
+        content = {
+            "flows": [flow.name for flow in trained.flows],
+            "precision": precision,
+            "image_size": trained.image_size,
+            "weights": trained.origins,
+            "thresholds": {name: each["threshold"] for each in trained.origins for name in each["flows"]},
+            "licence": licence(),
+            "versions": versions(),
+            "container": CONTAINER,
+            "formats": [each.name for each in FORMATS.values() if each in also or each.name in SERVED.values()],
+            "stages": {
+                name: describe_stage(STAGES[name], door, trained.modules.get(name))
+                for name, door in trained.doors.items()
+            },
+            **({"quantization": quantization} if quantization else {}),
+        }
+        if FORMATS["onnx"] in also:
+            write_device_files(partial, content["stages"])
+        report = hold(partial, content, trained.eager, checked_on)
+        return publish(partial, out, content, report, accept)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)  # nothing half-written stays, whatever happened
 
 
-def origin(path: Path, model: Model, stages: Mapping[str, nn.Module]) -> dict:
-    """What the manifest says of one weights file: the flows that run on it, and `phantoms`, the generator's version,
-    when it was trained on drawn radiographs."""
-    facts = {key: value for key, value in read_metadata(path).items() if key == PHANTOMS}
-    flows = [flow.name for flow in flows_of(stages)]
-    about = {"file": path.name, "sha256": sha256(path), "system": model.system, "config": asdict(model.config)}
-    return {**about, "flows": flows, **facts}
+def write_stages(
+    trained: Trained, also: Sequence[Format], calibration: tuple[Index, Index] | None, artefacts: Path
+) -> list[dict]:
+    """Every stage and flow, and the op library; returns what int8 did to each model, nothing without `calibration`."""
+    doors, size = trained.doors, trained.image_size
+    for name in sorted({name for flow in trained.flows for name in flow.stages}):
+        export_stage(STAGES[name], trained.modules.get(name), doors[name].inputs, artefacts, size, also)
+    quantization = []
+    if calibration:
+        from scaphoid.export.onnx_to_int8 import onnx_to_int8  # of an optional extra
+
+        quantization = [onnx_to_int8(each, flows_of(each.stages()), calibration, artefacts) for each in trained.models]
+    for flow in trained.flows:
+        module = FlowModule(flow, trained.modules)
+        export_stage(flow_stage(flow), module, doors["preprocess"].outputs, artefacts, size, also)
+    shutil.copyfile(Path(scaphoid.kernels.__file__).parent / OPS_LIBRARY, artefacts / OPS_LIBRARY)
+    return quantization
 
 
-def flows_of(stages: Mapping[str, object]) -> list[Flow]:
-    """The flows that can run on `stages`, which leave out preprocessing."""
-    return [flow for flow in FLOWS.values() if set(flow.stages) <= {*stages, "preprocess"}]
+def describe_stage(stage: Stage, door: Door, module: nn.Module | None) -> dict:
+    """What the manifest says of a stage: its door, and of glue the numbers that runtimes without torch need."""
+    return door.describe(stage) | ({"settings": settings(module)} if stage.kind == "glue" else {})
 
 
-def record(flow: Flow, stages: Mapping) -> dict[str, Door]:
-    """Run `flow` on a sample and keep what crossed every stage's door. Raises ExportError where that breaks the
-    contract."""
-    tensors = run(flow, stages, [SAMPLE, SAMPLE], flow.outputs)
-    tensors[ENCODED.name] = torch.empty(2, len(SAMPLE), dtype=torch.uint8)
-    doors = {}
-    for step in flow.steps:
-        inputs = tuple(tensors[step.inputs[tensor.name]] for tensor in step.stage.inputs)
-        outputs = tuple(tensors[step.outputs[tensor.name]] for tensor in step.stage.outputs)
-        doors[step.stage.name] = Door(inputs, outputs)
-        check_door(step.stage, doors[step.stage.name])
-    return doors
-
-
-def check_door(stage: Stage, door: Door) -> None:
-    """Hold a stage's real tensors against its contract."""
-    contract = [*stage.inputs, *stage.outputs]
-    for tensor, sample in zip(contract, [*door.inputs, *door.outputs], strict=True):
-        wanted = [
-            2,
-            *(
-                size if isinstance(size, int) else real
-                for size, real in zip(tensor.dims, sample.shape[1:], strict=False)
-            ),
-        ]
-        if (
-            sample.dtype != TORCH_TYPES[tensor.dtype]
-            or list(sample.shape) != wanted
-            or len(wanted) != 1 + len(tensor.dims)
-        ):
-            raise ExportError(
-                f"stage {stage.name}: {tensor.name} is {sample.dtype} {list(sample.shape)}, "
-                f"the contract says {tensor.dtype} [batch, {', '.join(map(str, tensor.dims))}]"
-            )
-
-
-def export_stage(stage: Stage, module: nn.Module | None, door: Door, folder: Path, image_size: int) -> None:
-    """Write one stage as what its kind is served from."""
+def export_stage(
+    stage: Stage,
+    module: nn.Module | None,
+    example: tuple[Tensor, ...],
+    artefacts: Path,
+    image_size: int,
+    also: Sequence[Format],
+) -> None:
+    """Write one stage, or a flow, as what its kind is served from, and in every format of `also` that takes it.
+    `example` are its inputs for two images."""
     if stage.kind == "preprocess":
-        serialize(folder / "model.dali", image_size, PREPROCESS_BATCH)
-    elif stage.kind == "encoder":
-        torch_to_openvino(module, door.inputs, stage, folder / "model.xml")
-    else:
-        torch_to_torchscript(module, stage, folder / "model.pt")
+        (artefacts / stage.name).mkdir(parents=True)
+        pipeline_to_dali(artefacts / stage.name / "model.dali", image_size, PREPROCESS_BATCH)
+        return
+    served = SERVED.get(stage.kind)
+    for each in [
+        each for each in FORMATS.values() if each.name == served or (each in also and stage.kind in each.kinds)
+    ]:
+        for suffix in (suffix for suffix in each.files if suffix != INT8):
+            path = each.path(artefacts, stage, suffix)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            each.write(module, example, stage, path)
 
 
 @dataclass(frozen=True)
@@ -169,24 +154,76 @@ class Arguments:
     """Export trained weights for serving on a CPU."""
 
     weights: tyro.conf.Positional[list[Path]]
-    """Weights files (.safetensors): MSFM's, KALM's, or both for a repository that serves all flows."""
+    """Weights files (.safetensors) or folders of runs: MSFM's, KALM's, or both, for a repository of all flows."""
     out: Path
     """Folder for the artefacts; earlier artefacts in it are replaced."""
     precision: Precision = "f32"
-    """What the encoders' engines compute in. A CPU without it runs f32; scaphoid-serve says so."""
+    """What the encoders' engines compute in. A CPU without it runs f32; scaphoid-serve says so. int8 needs
+    --calibration and writes the ONNX too, which TensorRT's int8 is built from."""
+    formats: tuple[str, ...] = ()
+    """Formats to write besides those that are served: torchscript, exported, onnx. `scaphoid-export formats` lists
+    them; `scaphoid-export check-rtx ARTEFACTS` compiles the ONNX for GPUs, without one."""
+    gate_images: int = GATE.images
+    """Images on which every exported file and flow is held against eager fp32: drawn, or of --gate-data. A large
+    backbone takes seconds an image; from 100 on differences of AUROC and kappa are judged too."""
+    gate_data: Path | None = None
+    """Your own index.csv for the gate (`python -m scaphoid.trainer.data`), instead of phantoms."""
+    calibration: Path | None = None
+    """Index of the data set that the weights were trained on, for --precision int8: ranges are measured on part of its
+    training images, and layers that cost accuracy on another part stay in f32."""
+    accept: str = ""
+    """The reason to publish artefacts that fail the gate. Manifest, model card, server and report repeat it."""
+
+
+@dataclass(frozen=True)
+class FormatsArguments:
+    """List the formats: what each is for, which stages it takes, what it needs, whether this machine has it."""
+
+    json: bool = False
+    """Print JSON."""
+
+
+def print_formats() -> None:
+    if tyro.cli(FormatsArguments, prog="scaphoid-export formats", args=sys.argv[2:]).json:
+        print(json.dumps(describe(), indent=2))
+        return
+    table = Table("format", "for", "stages", "needs", "here")
+    for row in describe():
+        here = "yes" if row["here"] else f"no: {', '.join(row['missing'])}"
+        cells = (row["format"], row["purpose"], ", ".join(row["stages"]), ", ".join(row["needs"]), here)
+        table.add_row(*map(escape, cells))
+    Console().print(table)
 
 
 def main() -> None:
+    if sys.argv[1:2] == ["formats"]:
+        return print_formats()
+    if sys.argv[1:2] == ["verify"]:
+        return artefacts_module.main(sys.argv[2:])
+    if sys.argv[1:2] == ["check-rtx"]:
+        return rtx_compile_check.main(sys.argv[2:])
     arguments = tyro.cli(Arguments)
     try:
-        content = export(arguments.weights, arguments.out, arguments.precision)
-    except (ExportError, OSError, ValueError) as error:
+        content = export(
+            arguments.weights,
+            arguments.out,
+            arguments.precision,
+            arguments.formats,
+            arguments.gate_images,
+            arguments.gate_data,
+            arguments.accept,
+            arguments.calibration,
+        )
+    except (ExportError, GateError, OSError, ValueError) as error:
         sys.exit(f"scaphoid-export: {error}")
     if (real := effective_precision(arguments.precision)) != arguments.precision:
         print(f"this CPU has no {arguments.precision}: served here, the engines run in {real}")
-    print(
-        f"{arguments.out}: flows {', '.join(content['flows'])}, {content['precision']}, {len(content['stages'])} stages"
-    )
+    served = f"flows {', '.join(content['flows'])}, {content['precision']}, {len(content['stages'])} stages"
+    print(f"{arguments.out}: {served}; held against eager fp32 on {content['parity']['images']['count']} images")
+    for each in content.get("quantization", ()):
+        Console().print(rounds_table(each))
+    if line := accepted(content):
+        print(line)
 
 
 if __name__ == "__main__":

@@ -2,9 +2,10 @@
 
 from typing import Literal, get_args
 
-Precision = Literal["f32", "bf16"]
+Precision = Literal["f32", "bf16", "int8"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
-CAPABILITIES = {"f32": "FP32", "bf16": "BF16"}  # OpenVINO's names
+CAPABILITIES = {"f32": "FP32", "bf16": "BF16", "int8": "INT8"}  # OpenVINO's names
+HINTS = {"f32": "f32", "bf16": "bf16", "int8": "f32"}  # its hint: int8 is in the graph, and what is beside it f32
 
 
 def effective_precision(wanted: Precision) -> Precision:

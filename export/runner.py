@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from scaphoid.export.artefacts import OPS_LIBRARY, ManifestError, verify
+from scaphoid.export.formats import FORMATS, SERVED
+from scaphoid.export.precision import HINTS
 from scaphoid.trainer.checkpoint import load_model
 from scaphoid.trainer.contracts import ENCODED, STAGES, Stage
 from scaphoid.trainer.data.guard import RejectedImage
@@ -75,10 +77,10 @@ def preprocess_stage(pipeline: Path) -> StageFunction:
 
 
 class OpenVinoStage:
-    """An encoder engine as a function. `precision` is the one that it really runs in."""
+    """An encoder engine as a function. `precision` is the one that it really runs in (of int8: beside its int8)."""
 
     def __init__(self, path: Path, stage: Stage, precision: str, threads: int = 0) -> None:
-        options: dict[str, object] = {"INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY"}
+        options: dict[str, object] = {"INFERENCE_PRECISION_HINT": HINTS[precision], "PERFORMANCE_HINT": "LATENCY"}
         if threads:
             options["INFERENCE_NUM_THREADS"] = threads
         compiled = ov.Core().compile_model(str(path), "CPU", options)
@@ -124,6 +126,6 @@ def load_stage(artefacts: Path, stage: Stage, manifest: dict, threads: int) -> S
     """One exported stage as a function of the contract's tensors."""
     if stage.kind == "preprocess":
         return preprocess_stage(artefacts / stage.name / "model.dali")
-    if stage.kind == "encoder":
-        return OpenVinoStage(artefacts / stage.name / "model.xml", stage, manifest["precision"], threads)
-    return torch.jit.load(str(artefacts / stage.name / "model.pt")).eval()
+    served = FORMATS[SERVED[stage.kind]]
+    (suffix,) = served.files
+    return served.load(served.path(artefacts, stage, suffix), stage, manifest["precision"], threads)

@@ -1,5 +1,6 @@
 """An encoder stage to OpenVINO: `model.xml` and `model.bin`, dynamic batch, tensors named by the contract."""
 
+import re
 import warnings
 from pathlib import Path
 
@@ -41,4 +42,17 @@ def torch_to_openvino(module: nn.Module, example: tuple[torch.Tensor, ...], stag
                 f"{stage.name}: {tensor.name} became {port.get_partial_shape()}, "
                 f"expected a dynamic batch and {tensor.dims}"
             )
-    ov.save_model(model, str(path), compress_to_fp16=False)
+    save(model, stage, path)
+
+
+def save(model: ov.Model, stage: Stage, path: Path) -> None:
+    """Save `model` as the engine of `stage`: the same model gives the same bytes. Raises OSError when it cannot be
+    written."""
+    model.set_friendly_name(stage.name)
+    for index, operation in enumerate(model.get_ordered_ops()):
+        if re.fullmatch(r"\w+_\d+", operation.get_friendly_name()):  # named by a count over the whole process
+            operation.set_friendly_name(f"{operation.get_type_name()}_{index}")
+    try:
+        ov.save_model(model, str(path), compress_to_fp16=False)
+    except RuntimeError as error:  # a full disk, a folder that may not be written
+        raise OSError(f"{path} could not be written: {str(error).strip().splitlines()[-1]}") from error

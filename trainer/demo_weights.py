@@ -71,7 +71,8 @@ def main(runs: Path = Path("runs"), weights: Path = Path("trainer/weights")) -> 
             weights.mkdir(parents=True, exist_ok=True)
             for system in ("msfm", "kalm"):
                 model = load_model(best[system])
-                save_model(weights / f"{system}.safetensors", model, compact=True, phantoms=generator_of(phantoms))
+                facts = {"phantoms": generator_of(phantoms), "licence": "Apache-2.0"}
+                save_model(weights / f"{system}.safetensors", model, compact=True, **facts)
     learning_curves.main(runs, weights)
 
 

@@ -51,10 +51,26 @@ def classification_metrics(
     outside [0, 1].
     """
     labels, probabilities = _checked(labels, probabilities)
-    weights = _patient_weights(_per_image(patients, len(labels)), resamples, seed)
-    chunks = [_statistics(labels, probabilities, threshold, rows) for rows in weights]
-    values = {name: np.concatenate([chunk[name] for chunk in chunks]) for name in chunks[0]}
+    values = _resampled(labels, probabilities, patients, threshold, resamples, seed)
     return {name: _estimate(rows, _why_undefined(name, labels)) for name, rows in values.items()}
+
+
+def paired_differences(
+    labels: ArrayLike,
+    probabilities: ArrayLike,
+    others: ArrayLike,
+    patients: Sequence[object] | None = None,
+    threshold: float = 0.5,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> dict[str, Estimate]:
+    """Each metric of `others` [N] minus that of `probabilities` [N], both of the same images: a resample of patients is
+    drawn once and used for both, so that what they share cancels. Arguments and errors are `classification_metrics`'.
+    """
+    labels, probabilities = _checked(labels, probabilities)
+    _, others = _checked(labels, others)
+    before, after = (_resampled(labels, each, patients, threshold, resamples, seed) for each in (probabilities, others))
+    return {name: _estimate(after[name] - before[name], _why_undefined(name, labels)) for name in before}
 
 
 def mean_estimate(
@@ -113,6 +129,20 @@ def _per_image(ids: Sequence[object] | None, images: int) -> NDArray:
     if len(names) != images:
         raise ValueError(f"one patient (or study) per image is needed: {images} images, {len(names)} given")
     return names
+
+
+def _resampled(
+    labels: NDArray,
+    probabilities: NDArray,
+    patients: Sequence[object] | None,
+    threshold: float,
+    resamples: int,
+    seed: int,
+) -> dict[str, NDArray]:
+    """Every metric on all images and on every resample: [1 + resamples]."""
+    weights = _patient_weights(_per_image(patients, len(labels)), resamples, seed)
+    chunks = [_statistics(labels, probabilities, threshold, rows) for rows in weights]
+    return {name: np.concatenate([chunk[name] for chunk in chunks]) for name in chunks[0]}
 
 
 def _patient_weights(patients: NDArray, resamples: int, seed: int) -> Iterator[NDArray]:

@@ -6,7 +6,8 @@ manifest.
 What the configurations leave open is filled in from the artefacts: image and map sizes (so that the server itself
 rejects a tensor of another size, and because the vendor's openvino backend takes no open dim where the engine has a
 number), the engines' precision, and in every flow a hash of the weights, for a retrained model has version 1 again, and
-whether they know drawn radiographs alone, which the client's report has to say.
+whether they know drawn radiographs alone, or differ from the trained model by more than they may, which the client's
+report has to say.
 """
 
 import hashlib
@@ -19,8 +20,18 @@ import tyro
 from google.protobuf import text_format
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 
-from scaphoid.export.artefacts import MANIFEST, OPS_LIBRARY, PHANTOMS, ManifestError, verify, write_manifest
-from scaphoid.triton_repo.configs import CONFIG, PRECISION, TRAINED_ON_PHANTOMS, WEIGHTS, ConfigError, check
+from scaphoid.export.artefacts import (
+    DOCUMENTS,
+    MANIFEST,
+    OPS_LIBRARY,
+    PHANTOMS,
+    ManifestError,
+    accepted,
+    verify,
+    write_manifest,
+)
+from scaphoid.export.precision import HINTS
+from scaphoid.triton_repo.configs import ACCEPTED, CONFIG, PRECISION, TRAINED_ON_PHANTOMS, WEIGHTS, ConfigError, check
 
 CONFIGS = Path(__file__).parent / "cpu"
 VERSION = "1"
@@ -53,10 +64,14 @@ def assemble(artefacts: Path, repository: Path, configs: Path = CONFIGS) -> dict
         for each in manifest["weights"]:
             if flow in each.get("flows", ()) and PHANTOMS in each:
                 config.parameters[TRAINED_ON_PHANTOMS].string_value = each[PHANTOMS]
+        if line := accepted(manifest):
+            config.parameters[ACCEPTED].string_value = line
         # Triton wants the folder; a file keeps it through copies and archives that drop empty folders
         (partial / flow / VERSION / ".keep").touch()
         _write(config, configs, partial)
-    shutil.copyfile(artefacts / OPS_LIBRARY, partial / OPS_LIBRARY)
+    for name in (OPS_LIBRARY, *DOCUMENTS):
+        if name in manifest["files"]:
+            shutil.copyfile(artefacts / name, partial / name)
     content = {key: value for key, value in manifest.items() if key != "files"}
     write_manifest(partial, content)
     shutil.rmtree(repository, ignore_errors=True)
@@ -70,7 +85,7 @@ def fill(config: ModelConfig, stage: dict, precision: str) -> None:
         if real["name"] != "encoded":
             written.dims[:] = real["dims"]
     if PRECISION in config.parameters:
-        config.parameters[PRECISION].string_value = precision
+        config.parameters[PRECISION].string_value = HINTS[precision]
         if precision == "bf16":
             config.parameters["HINT_BF16"].string_value = "YES"  # what the vendor's backend reads
 

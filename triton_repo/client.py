@@ -15,7 +15,7 @@ from tritonclient.utils import InferenceServerException
 
 from scaphoid.trainer.contracts import ENCODED
 from scaphoid.trainer.flows import FLOWS
-from scaphoid.triton_repo.configs import TRAINED_ON_PHANTOMS, WEIGHTS
+from scaphoid.triton_repo.configs import ACCEPTED, TRAINED_ON_PHANTOMS, WEIGHTS
 
 PARTS_OUTPUTS = ("parts_probability", "probability_with_parts")
 PROBE_TIMEOUT_S = 5.0
@@ -48,12 +48,13 @@ class FlowClient:
     version (empty: the newest that the server has loaded when `connect` is called), `timeout_s` the limit of each
     request. Once connected, the attribute `version` names the weights too, `1@3f2a9c1b`: a repository assembled anew
     from other weights has version 1 again; and `phantoms` is the generator's version when the weights were trained on
-    drawn radiographs, else empty.
+    drawn radiographs, else empty; `accepted` is a line when the artefacts failed the gate of their export, else empty.
     """
 
     def __init__(self, url: str, flow: str, outputs: Sequence[str], version: str = "", timeout_s: float = 60.0) -> None:
         self.url, self.flow, self.version, self.timeout_s = url, flow, version, timeout_s
         self.phantoms = ""
+        self.accepted = ""
         self._model_version = version
         self._outputs = tuple(outputs)
         self._requested = [triton.InferRequestedOutput(name) for name in self._outputs]
@@ -98,8 +99,8 @@ class FlowClient:
                 "server and client are of different releases"
             )
         self._model_version = self._model_version or max(model.versions, key=int, default="")
-        weights, self.phantoms = (
-            answer.config.parameters[name].string_value for name in (WEIGHTS, TRAINED_ON_PHANTOMS)
+        weights, self.phantoms, self.accepted = (
+            answer.config.parameters[name].string_value for name in (WEIGHTS, TRAINED_ON_PHANTOMS, ACCEPTED)
         )
         self.version = f"{self._model_version}@{weights}" if weights else self._model_version
         return self.version

@@ -18,6 +18,7 @@ CONFIG = "config.pbtxt"
 PRECISION = "INFERENCE_PRECISION_HINT"
 WEIGHTS = "weights"  # parameter of an assembled flow: which weights it runs on
 TRAINED_ON_PHANTOMS = "trained_on_phantoms"  # and, where those know drawn radiographs alone, the generator's version
+ACCEPTED = "accepted"  # and, where the export failed its gate and was published all the same, a line that says so
 
 
 class ConfigError(Exception):

@@ -132,6 +132,7 @@ def _predict(options: Options, console: Console) -> int:
         flow=options.flow,
         model_version=run.client.version,
         phantoms=run.client.phantoms,
+        accepted=run.client.accepted,
         url=options.url,
         parts=run.parts,
         threshold=options.threshold,
@@ -274,6 +275,8 @@ def _summarise(options: Options, outcome: Outcome, files: list[Path], seconds: f
     table.add_row("studies", ", ".join(f"{count} {verdict}" for verdict, count in verdicts.items()))
     version = f" version {outcome.model_version}" if outcome.model_version else ""
     table.add_row("model", f"{outcome.flow}{version}, abnormal at {outcome.threshold:g} or above")
+    if outcome.accepted:
+        table.add_row("", escape(outcome.accepted))
     if outcome.phantoms:
         table.add_row("", f"trained on drawn phantoms (generator {outcome.phantoms}), never on a patient")
     table.add_row("", "research use only; not a medical device")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import tyro
 
-from scaphoid.export.artefacts import ManifestError, read_manifest
+from scaphoid.export.artefacts import ManifestError, accepted, read_manifest
 from scaphoid.export.precision import effective_precision
 from scaphoid.trainer.flows import FLOWS
 from scaphoid.triton_repo.server import ServerError, running_server
@@ -50,7 +50,10 @@ def main() -> None:
     try:
         tell(f"starting Triton on {arguments.repository} ...")
         with running_server(arguments.repository, flows, arguments.host, ports, report=tell) as server:
-            wanted = read_manifest(arguments.repository)["precision"]
+            manifest = read_manifest(arguments.repository)
+            if line := accepted(manifest):
+                tell(line)
+            wanted = manifest["precision"]
             if (real := effective_precision(wanted)) != wanted:
                 tell(f"the engines were exported for {wanted}, which this CPU does not have: they run in {real}")
             tell(

@@ -1,50 +1,121 @@
+import json
+
 import numpy as np
 import pytest
 
-from scaphoid.export.parity import BARS, Difference, Parity, difference, map_difference
-from scaphoid.trainer.flows import FLOWS
+torch = pytest.importorskip("torch")
+pytest.importorskip("scaphoid.kernels.library")
+
+from scaphoid.export.flow_parity import Parity  # noqa: E402
+from scaphoid.export.format_parity import errors_of  # noqa: E402
+from scaphoid.export.tolerances import EXACT, TOLERANCES, at_most  # noqa: E402
+from scaphoid.trainer.contracts import STAGES  # noqa: E402
+from scaphoid.trainer.data.index import Radiograph  # noqa: E402
+from scaphoid.trainer.flows import FLOWS  # noqa: E402
 
 KALM = FLOWS["kalm"]
+BOX = np.float32([10, 20, 30, 50])
+MAP_ERROR = 1e-3
 
 
-def answer(**changed):
-    values = {name: np.full((1, 1), 0.25, np.float32) for name in KALM.outputs}
-    return values | {"box": np.array([[10, 20, 30, 50]], np.float32)} | changed
+def answers(images: int) -> dict[str, np.ndarray]:
+    """Probabilities over the whole range, far from the threshold; boxes all the same; margins far above MAP_ERROR."""
+    probability = np.linspace(0.05, 0.95, images, dtype=np.float32).reshape(-1, 1)
+    values = {name: probability.copy() for name in KALM.outputs}
+    return values | {"box": np.tile(BOX, (images, 1)), "margin": np.full((images, 1), 0.5, np.float32)}
 
 
-def test_the_largest_difference_counts():
-    other = answer(local_probability=np.float32([[0.5]]), box=np.float32([[10, 20, 30, 47.5]]))
-    found = difference("a.png", KALM, answer(), other)
-    assert (found.probability, found.pixels, found.margin) == (0.25, 2.5, 0.25)
-    assert found.iou == pytest.approx(27.5 / 30)
+def parity(images: int, precision: str, change=lambda expected, found: None, **more) -> Parity:
+    expected, found = answers(images), answers(images)
+    change(expected, found)
+    return Parity(KALM, "openvino", precision, expected, found, MAP_ERROR, **more)
 
 
-def test_map_error_is_relative_and_of_the_first_encoder():
-    def maps(a, c):
-        return {"global_activation": np.array(a), "global_class_activation": np.array(c)}
-
-    assert map_difference(maps([10.0, 2], [4.0, 0]), maps([10.0, 2.5], [4.0, 1])) == pytest.approx(0.25)
-
-
-def parity(precision, *rows, map_error=0.01):
-    differences = tuple(Difference(str(n), p, x, i, m) for n, (p, x, i, m) in enumerate(rows))
-    return Parity(differences, map_error, BARS[precision])
+def radiographs(images: int) -> tuple[Radiograph, ...]:
+    """The later half abnormal, so that `answers` rank them perfectly; two images a patient."""
+    return tuple(
+        Radiograph("", str(n // 2), "", "", "", int(n >= images // 2), (tuple(BOX),) if n % 2 else None, 60, 60, "")
+        if n >= images // 2
+        else Radiograph("", str(n // 2), "", "", "", 0, None, 60, 60, "")
+        for n in range(images)
+    )
 
 
-GOOD, FLIPPED, FLIPPED_SURE = (1e-5, 0.1, 0.99, 0.5), (0.2, 80.0, 0.1, 0.001), (0.2, 80.0, 0.1, 0.5)
-MOVED = (1e-5, 80.0, 0.1, 0.001)
+def move(numbers, pixels: float, probability: float, margin: float):
+    def change(expected, found):
+        found["box"][numbers] += np.float32(pixels)
+        found["local_probability"][numbers] += np.float32(probability)
+        expected["margin"][numbers] = margin
+
+    return change
 
 
-def test_f32_counts_every_image_and_forgives_no_probability():
-    assert parity("f32", *[GOOD] * 200, MOVED).passed
-    assert not parity("f32", *[GOOD] * 100, MOVED).passed
-    assert not parity("f32", *[GOOD] * 1000, FLIPPED).passed
-    assert [each.image for each in parity("f32", GOOD, FLIPPED).exceptions] == ["1"]
+def test_equal_answers_pass_in_every_precision():
+    for precision in TOLERANCES:
+        found = parity(120, precision, radiographs=radiographs(120))
+        assert found.failures == []
+        assert found.scores["auroc"][:2] == (1, 1)
+        assert found.scores["centre_hit"][:2] == (1, 1)
+        assert found.scores["kappa"][2].value == 0
 
 
-def test_reduced_precision_counts_images_whose_margin_exceeds_the_map_error():
-    uncertain = parity("bf16", GOOD, *[FLIPPED] * 9)
-    assert uncertain.passed
-    assert len(uncertain.exceptions) == 9  # listed, though they do not count
-    assert not parity("bf16", *[GOOD] * 9, FLIPPED_SURE).passed
-    assert not parity("bf16", FLIPPED).passed  # nothing that counts proves nothing
+def test_full_precision_allows_few_images_and_each_needs_its_margin():
+    few, sure = move([3], 20, 0.3, MAP_ERROR / 2), move([3], 20, 0.3, 2 * MAP_ERROR)
+    assert parity(200, "f32", few).failures == []
+    assert parity(200, "f32", few).summary()["images_beyond"][0]["image"] == 3
+    (line,) = parity(200, "f32", sure).failures
+    assert "image 3: probability differs by 0.3" in line
+    assert any("2 of 200" in line for line in parity(200, "f32", move([3, 4], 20, 0.3, 0)).failures)
+    assert any("2 of 32" in line for line in parity(32, "f32", move([3, 4], 0, 0.002, 0)).failures)
+
+
+def test_reduced_precision_is_judged_by_its_share_boxes_and_scores():
+    assert parity(100, "bf16", move(range(5), 1, 0.3, 0.5)).failures == []
+    assert any("6 of 100" in line for line in parity(100, "bf16", move(range(6), 1, 0.3, 0.5)).failures)
+    assert parity(100, "int8", move(range(100), 0.2, 0.3, 0.5)).failures == []
+    assert any("median" in line for line in parity(100, "int8", move(range(100), 3, 0, 0.5)).failures)
+    assert any("5th percentile" in line for line in parity(100, "int8", move(range(10), 15, 0, 0.5)).failures)
+
+
+def shift(expected, found):
+    found["probability"] += np.float32(0.05)
+
+
+def test_scores_are_judged_from_enough_images_on():
+    """Seven of 120 verdicts flip, the ranking stays."""
+    many = parity(120, "int8", shift, radiographs=radiographs(120))
+    (line,) = many.failures
+    assert "kappa 0.8" in line
+    assert many.scores["auroc"][2].value == 0
+    low, high = many.scores["kappa"][2].low, many.scores["kappa"][2].high
+    assert low < many.scores["kappa"][2].value < high < 0
+    assert len(many.flips) == 7
+    assert parity(60, "int8", shift, radiographs=radiographs(60)).failures == []
+    assert parity(120, "int8", shift).scores == {}
+
+
+def test_no_number_never_passes_and_the_report_stays_json():
+    def broken(expected, found):
+        found["probability"][7] = np.nan
+
+    found = parity(120, "int8", broken, radiographs=radiographs(120), each_image=False)
+    (line,) = found.failures
+    assert "1 of 120 images gave no number" in line
+    assert json.loads(json.dumps(found.summary(), allow_nan=False))["probability"]["probability"]["largest"] is None
+
+
+def test_the_error_of_a_map_is_relative_to_its_own_image_and_nan_never_passes():
+    expected = np.float32([[[10, 0]], [[1, 0]]])
+    assert errors_of("activation", expected, expected + 1).ravel() == pytest.approx([0.1, 0.1, 1, 1])
+    assert errors_of("logits", np.float32([[0.5, 0]]), np.float32([[0.5, 0.1]])).max() == pytest.approx(0.1)
+    assert errors_of("logits", np.float32([[10, 0]]), np.float32([[10, 1]])).max() == pytest.approx(0.1)
+    assert errors_of("key_box", np.float32([[10, 0]]), np.float32([[10, 1]])).max() == 1
+    assert errors_of("logits", np.float32([[10, 0]]), np.float32([[10, np.nan]])).max() == np.inf
+    assert errors_of("logits", np.zeros((1, 2), np.float32), np.zeros(2, np.float32)).max() == np.inf
+    assert errors_of("key_image", np.uint8([[0]]), np.uint8([[255]])).max() == 255
+
+
+def test_glue_is_exact_whatever_the_encoders_compute_in():
+    assert {at_most(STAGES["key_area_crop"], "key_image", precision) for precision in TOLERANCES} == {EXACT}
+    assert at_most(STAGES["encoder"], "activation", "f32") == 1e-4
+    assert at_most(STAGES["encoder"], "logits", "int8") is None

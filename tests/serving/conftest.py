@@ -50,6 +50,7 @@ class FakeServer(service_pb2_grpc.GRPCInferenceServiceServicer):
     versions: tuple[str, ...] = ("1",)
     weights: str = "3f2a9c1b"
     phantoms: str = ""
+    accepted: str = ""
     flows: dict[str, tuple[str, ...]] = field(
         default_factory=lambda: {name: flow.outputs for name, flow in FLOWS.items()}
     )
@@ -88,7 +89,7 @@ class FakeServer(service_pb2_grpc.GRPCInferenceServiceServicer):
         return service_pb2.ModelMetadataResponse(name=request.name, versions=self.versions, outputs=outputs)
 
     def ModelConfig(self, request, context):
-        values = {"weights": self.weights, "trained_on_phantoms": self.phantoms}
+        values = {"weights": self.weights, "trained_on_phantoms": self.phantoms, "accepted": self.accepted}
         parameters = {name: ModelParameter(string_value=value) for name, value in values.items() if value}
         return service_pb2.ModelConfigResponse(config=ModelConfig(name=request.name, parameters=parameters))
 

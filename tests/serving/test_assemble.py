@@ -3,11 +3,11 @@ import shutil
 
 import pytest
 
-from scaphoid.export.artefacts import MANIFEST, OPS_LIBRARY, ManifestError, verify, write_manifest
+from scaphoid.export.artefacts import DOCUMENTS, MANIFEST, OPS_LIBRARY, ManifestError, verify, write_manifest
 from scaphoid.trainer.contracts import STAGES
 from scaphoid.trainer.flows import FLOWS
 from scaphoid.triton_repo.assemble import CONFIGS, assemble
-from scaphoid.triton_repo.configs import CONFIG, TRAINED_ON_PHANTOMS, WEIGHTS, ConfigError, check, read
+from scaphoid.triton_repo.configs import ACCEPTED, CONFIG, TRAINED_ON_PHANTOMS, WEIGHTS, ConfigError, check, read
 
 SIZES = {"height": 230, "width": 230, "map_height": 8, "map_width": 9, "part_height": 115, "part_width": 115}
 SIZES |= {"key_height": 115, "key_width": 115, "bytes": 33}
@@ -87,6 +87,22 @@ def test_weights_that_know_phantoms_alone_mark_their_flows(tmp_path):
     assert parameters["kalm"][TRAINED_ON_PHANTOMS].string_value == "1.0.0"
     assert TRAINED_ON_PHANTOMS not in parameters["msfm"]
     assert TRAINED_ON_PHANTOMS not in parameters["msfm_fma"]
+
+
+def test_artefacts_that_failed_their_gate_mark_every_flow(artefacts, tmp_path):
+    content = verify(artefacts)
+    assemble(artefacts, tmp_path / "repository")
+    assert ACCEPTED not in check(tmp_path / "repository" / "kalm" / CONFIG).parameters
+    for name in DOCUMENTS:
+        (artefacts / name).write_text(f"{name} of the gate")
+    content["parity"] = {"passed": False, "failures": ["encoder: logits differ by 0.2"], "accepted": "a trial"}
+    write_manifest(artefacts, {key: value for key, value in content.items() if key != "files"})
+    assemble(artefacts, tmp_path / "repository")
+    for flow in FLOWS:
+        line = check(tmp_path / "repository" / flow / CONFIG).parameters[ACCEPTED].string_value
+        assert "logits differ by 0.2" in line
+        assert "a trial" in line
+    assert {*DOCUMENTS} < set(verify(tmp_path / "repository")["files"])
 
 
 def test_one_flow_brings_its_models_only(tmp_path):

@@ -325,6 +325,14 @@ def test_report_and_summary_tell_what_the_weights_know(predict, radiographs, fak
     assert "not a medical device" in predict.out
 
 
+def test_artefacts_that_failed_their_gate_say_so(predict, radiographs, fake_server, tmp_path):
+    fake_server.accepted = "NOT AS EAGER fp32: accepted as 'a <trial>'"
+    predict(radiographs, report=True)
+    assert "accepted as 'a <trial>'" in " ".join(predict.out.split())
+    assert "Not what was trained." in (report := (tmp_path / "out/report.html").read_text())
+    assert "a &lt;trial&gt;" in report
+
+
 def test_overlays_and_report_are_not_taken_for_inputs(predict, radiographs, fake_server, tmp_path):
     for _ in range(2):
         assert predict(tmp_path, "--overlays", report=True) == 0

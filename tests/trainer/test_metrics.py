@@ -2,7 +2,14 @@ import numpy as np
 import pytest
 from sklearn import metrics as sklearn
 
-from scaphoid.trainer.metrics import classification_metrics, mean_estimate, median_estimate, study_level
+from scaphoid.trainer.metrics import (
+    Estimate,
+    classification_metrics,
+    mean_estimate,
+    median_estimate,
+    paired_differences,
+    study_level,
+)
 
 
 def scored(images: int = 137, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -113,3 +120,18 @@ def test_mean_and_median(images: int) -> None:
 
 def test_mean_and_median_of_nothing() -> None:
     assert mean_estimate([]).reason == median_estimate([]).reason == "no images"
+
+
+def test_paired_differences_resample_both_scores_together() -> None:
+    rng = np.random.default_rng(3)
+    labels = rng.integers(0, 2, 200)
+    scores = np.clip(rng.normal(0.35 + 0.3 * labels, 0.2), 0, 1)
+    others = np.clip(scores + rng.normal(0, 0.01, 200), 0, 1)
+    patients = np.arange(200) // 2
+    alone = [classification_metrics(labels, each, patients)["auroc"] for each in (scores, others)]
+    difference = paired_differences(labels, scores, others, patients)["auroc"]
+    assert difference.value == pytest.approx(alone[1].value - alone[0].value)
+    assert difference.low <= difference.value <= difference.high
+    assert difference.high - difference.low < (alone[0].high - alone[0].low) / 5  # what both share cancels
+    assert paired_differences(labels, scores, scores, patients)["kappa"] == Estimate(0.0, 0.0, 0.0)
+    assert "no abnormal" in paired_differences([0, 0], [0.1, 0.2], [0.1, 0.3])["auroc"].reason

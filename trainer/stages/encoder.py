@@ -63,9 +63,9 @@ class LogitsEncoder(nn.Module):
         super().__init__()
         self.encoder = encoder
 
-    def forward(self, image: Tensor) -> Tensor:
+    def forward(self, key_image: Tensor) -> Tensor:
         """Tensor[B, 1, H, W] to logits [B, 2]."""
-        return self.encoder.classifier(self.encoder.features(image).mean((2, 3))).float()
+        return self.encoder.classifier(self.encoder.features(key_image).mean((2, 3))).float()
 
 
 class PartsEncoder(LogitsEncoder):

@@ -11,7 +11,7 @@ from scaphoid.triton_repo.results import Prediction, Study
 class Outcome:
     """`truth` holds the index's rows by image, for those images that an index knows. A box whose margin is below
     `unstable_margin` is marked unstable. `phantoms`: the generator's version when the weights were trained on drawn
-    radiographs, else empty."""
+    radiographs, else empty. `accepted`: a line when the artefacts failed the gate of their export, else empty."""
 
     flow: str
     model_version: str
@@ -23,6 +23,7 @@ class Outcome:
     predictions: Sequence[Prediction]
     studies: Sequence[Study]
     truth: Mapping[str, Radiograph]
+    accepted: str = ""
 
     def is_unstable(self, prediction: Prediction) -> bool:
         return prediction.margin is not None and prediction.margin < self.unstable_margin

@@ -1,0 +1,165 @@
+"""Watches a folder: every radiograph that arrives is predicted once.
+
+Results go to OUT as they come: a line for each image in `predictions.jsonl` (the lines that scaphoid-predict writes and
+scaphoid-evaluate reads), the image to `done/`, or to `rejected/` beside a `.reason.txt`. A file counts as complete when
+its size and time have stayed the same from one look to the next; names that begin with a dot or end in .part or .tmp
+are left alone, so that a writer may rename when it is done. After a restart what the journal already holds is moved and
+not predicted again. Neither names nor pixels are logged.
+"""
+
+import fcntl
+import json
+import os
+import shutil
+import stat
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from threading import Event
+from typing import IO, Any
+
+from scaphoid.export.artefacts import sha256
+from scaphoid.export.edge.flow import BATCH, Flow, Result
+from scaphoid.trainer.contracts import PREDICTION_SCHEMA
+
+JOURNAL = "predictions.jsonl"
+UNFINISHED = (".part", ".tmp")
+State = tuple[int, int]  # of a file: its size and time of change
+
+
+class Arrivals:
+    """The complete files of a folder, in order of arrival."""
+
+    def __init__(self, inbox: Path) -> None:
+        self._inbox = inbox
+        self._seen: dict[str, State] = {}
+
+    def look(self) -> list[Path]:
+        """Those that are as they were at the last look. Raises OSError when the folder cannot be read."""
+        now: dict[str, State] = {}
+        with os.scandir(self._inbox) as entries:
+            for entry in entries:
+                if entry.name.startswith(".") or entry.name.endswith(UNFINISHED):
+                    continue
+                try:
+                    status = entry.stat(follow_symlinks=False)
+                except FileNotFoundError:  # gone since
+                    continue
+                if stat.S_ISREG(status.st_mode):
+                    now[entry.name] = (status.st_size, status.st_mtime_ns)
+        complete = sorted((now[name][1], name) for name in now if self._seen.get(name) == now[name])
+        self._seen = now
+        return [self._inbox / name for _, name in complete]
+
+
+class Journal:
+    """The growing `predictions.jsonl`; a half-written last line, of a run that was killed, is cut off."""
+
+    def __init__(self, path: Path) -> None:
+        data = path.read_bytes() if path.exists() else b""
+        complete = data[: data.rfind(b"\n") + 1]
+        if len(complete) < len(data):
+            os.truncate(path, len(complete))
+        self._known: set[tuple] = {self._key(json.loads(line)) for line in complete.splitlines()}
+        self._file: IO[str] = path.open("a", encoding="utf-8")
+
+    @staticmethod
+    def _key(record: dict[str, Any]) -> tuple:
+        return tuple(record.get(name) for name in ("image", "sha256", "flow", "model_version", "parts", "status"))
+
+    def holds(self, record: dict[str, Any]) -> bool:
+        return self._key(record) in self._known
+
+    def append(self, record: dict[str, Any]) -> None:
+        """One line, whole, on disk before the image is moved."""
+        self._file.write(json.dumps(record, allow_nan=False) + "\n")
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._known.add(self._key(record))
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Raises BlockingIOError when another process watches into `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+
+
+@dataclass
+class Watch:
+    """Predicts into `out` what arrives in `inbox`. `parts`: whether MSFM's windows are classified; `threshold`: None
+    for the artefacts' own; `finished` is told each file's status."""
+
+    flow: Flow
+    inbox: Path
+    out: Path
+    parts: bool = True
+    threshold: float | None = None
+    finished: Callable[[str], None] = lambda status: None
+
+    def run(self, stop: Event, seconds: float = 1.0) -> None:
+        """Looks every so many `seconds` until `stop` is set; what is being predicted then is finished first. Raises
+        BlockingIOError when `out` is taken by another process, OSError when it cannot be written."""
+        for folder in ("done", "rejected"):
+            (self.out / folder).mkdir(parents=True, exist_ok=True)
+        with alone_in(self.out):
+            arrivals, journal = Arrivals(self.inbox), Journal(self.out / JOURNAL)
+            while not stop.is_set():
+                complete = arrivals.look()
+                for start in range(0, len(complete), BATCH):
+                    if not stop.is_set():
+                        self._predict(complete[start : start + BATCH], journal)
+                stop.wait(seconds)
+
+    def _predict(self, paths: Sequence[Path], journal: Journal) -> None:
+        wanted = [name for name in self.flow.outputs if self.parts or "parts" not in name]
+        digests = {path: _digest(path) for path in paths if path.exists()}  # some may be gone since
+        known = [path for path in digests if journal.holds(self.record(Result(path.name), digests[path]))]
+        new = [path for path in digests if path not in known]
+        for path in known:
+            _move(path, self.out / "done", digests[path])
+            self.finished("known")
+        for path, result in zip(new, self.flow.predict(new, wanted), strict=True):
+            line = self.record(replace(result, image=path.name), digests[path])
+            if not journal.holds(line):
+                journal.append(line)
+            moved = _move(path, self.out / ("rejected" if result.reason else "done"), digests[path])
+            if result.reason:
+                moved.with_name(moved.name + ".reason.txt").write_text(result.reason + "\n")
+            self.finished(line["status"])
+
+    def record(self, result: Result, digest: str) -> dict[str, Any]:
+        """The journal's line about one image, whose content has the sha256 `digest`; it is a study of its own."""
+        score, threshold = result.score, self.flow.threshold if self.threshold is None else self.threshold
+        return {
+            "schema": PREDICTION_SCHEMA,
+            **asdict(result),
+            "study": result.image,
+            "flow": self.flow.name,
+            "model_version": self.flow.version,
+            "parts": self.parts,
+            "status": "rejected" if result.reason else "ok",
+            "threshold": threshold,
+            "verdict": None if score is None else "abnormal" if score >= threshold else "normal",
+            "sha256": digest,
+        }
+
+
+def _digest(path: Path) -> str:
+    """Of the file's content; of nothing where it cannot be read, which predicting it will say too."""
+    try:
+        return sha256(path)
+    except OSError:
+        return ""
+
+
+def _move(path: Path, folder: Path, digest: str) -> Path:
+    """Moves a file, which keeps its name unless another one of that name is there."""
+    place = folder / path.name
+    if place.exists():
+        place = folder / f"{digest[:12]}-{path.name}"
+    shutil.move(path, place)
+    return place

@@ -1,0 +1,310 @@
+"""TensorRT engines from the artefacts' ONNX, built on the machine that runs them.
+
+    python3 build_engines.py ARTEFACTS ENGINES                    # this file by itself, as it lies in the artefacts
+    python3 -m scaphoid.export.tensorrt_engines.build_engines ARTEFACTS ENGINES
+
+Needs Python 3.10, its standard library and the `tensorrt` package, 10 (10.3: JetPack 6) or 11: no torch, not this
+package. What it calls of TensorRT is in both. Networks are strongly typed, so the ONNX carries the precision: a flag in
+10, always so in 11. Every engine is built in a process of its own, which TensorRT or the kernel may end without harm to
+the others, and kept under a name that its key gives: started again, it builds only what is missing.
+
+Not run on hardware. `--compile-check` runs all of it but the GPU, with TensorRT for RTX.
+"""
+
+import argparse
+import ctypes
+import hashlib
+import importlib
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+ARTEFACTS_MANIFEST = "manifest.json"
+MANIFEST = "engines.json"  # of a folder of engines
+FORMAT = "scaphoid.engines/1"
+TIMING_CACHE = "timing.cache"
+BATCHES = (1, 4, 8)  # images, in every stage (parts_encoder folds each one's windows itself): smallest, best, largest
+PRECISIONS = ("f16", "f32", "int8")
+WORKSPACE = 2048  # MiB of scratch memory that a layer may ask for
+SHRINK = (1, 4, 16)  # the workspace is divided by these, in turn, when memory runs out
+TENSORRT, RTX = "tensorrt", "tensorrt_rtx"
+ENGINE, COMPILED = "engine", "RTX compile check"  # what a file is
+VERSIONS = ("10", "11")
+DRIVER = "libcuda.so.1"
+MAJOR, MINOR = 75, 76  # the driver's attributes for the compute capability
+GAVE_UP = 3  # exit status of a process whose builder did
+
+
+class BuildError(Exception):
+    """One line: what was expected, what came, what to do."""
+
+
+class BuilderGaveUp(BuildError):
+    """TensorRT took the network and did not build it: most often for memory, which it reports in many ways. Worth
+    another try with a smaller workspace."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One engine to build. `key` is all that decides whether an engine may be used again or loaded: two jobs of one key
+    build the same engine. `target` is a compute capability without its dot, of a compile check alone."""
+
+    stage: str
+    onnx: Path
+    key: Mapping
+    target: int | None = None
+
+    @property
+    def file(self) -> str:
+        digest = hashlib.sha256(json.dumps(self.key, sort_keys=True).encode()).hexdigest()
+        return f"{self.stage}-{digest[:12]}.{'rtx' if self.target else 'plan'}"
+
+
+Build = Callable[[Job, int, Path, Path], object]  # job, workspace in MiB, the file to write, the timing cache
+
+
+def make_key(onnx: str, trt: ModuleType, gpu: str, precision: str, shapes: Mapping, builder: str = TENSORRT) -> dict:
+    """`onnx`: the sha256 of the file; `shapes`: smallest, best and largest of each input; `builder`: what built it."""
+    version = f"{trt.__name__} {trt.__version__}"
+    return {"onnx": onnx, "tensorrt": version, "gpu": gpu, "precision": precision, "shapes": shapes, "builder": builder}
+
+
+def read_manifest(artefacts: Path) -> dict:
+    path = artefacts / ARTEFACTS_MANIFEST
+    try:
+        manifest = json.loads(path.read_text())
+        return {"stages": dict(manifest["stages"]), "files": dict(manifest["files"])}
+    except (OSError, ValueError, LookupError, TypeError):
+        raise BuildError(f"{path} is no manifest of scaphoid-export: name its --out folder") from None
+
+
+def onnx_file(stage: str, precision: str) -> str:
+    """Where the artefacts hold a stage's ONNX."""
+    return f"onnx/{stage}{'' if precision == 'f32' else '.' + precision}.onnx"
+
+
+def encoders(manifest: Mapping) -> list[str]:
+    return [name for name, stage in manifest["stages"].items() if stage["kind"] == "encoder"]
+
+
+def shapes_of(manifest: Mapping, stage: str) -> dict[str, list[list[int]]]:
+    """The profile of each input: its smallest, best and largest shape."""
+    inputs = manifest["stages"][stage]["inputs"]
+    return {tensor["name"]: [[batch, *tensor["dims"]] for batch in BATCHES] for tensor in inputs}
+
+
+def make_jobs(
+    artefacts: Path, precision: str, trt: ModuleType, gpu: str, builder: str = TENSORRT, target: int | None = None
+) -> list[Job]:
+    """A job for every encoder of the artefacts. Raises BuildError when an ONNX is missing or was changed."""
+    manifest, jobs = read_manifest(artefacts), []
+    for stage in encoders(manifest):
+        name = onnx_file(stage, precision)
+        if name not in manifest["files"]:
+            raise BuildError(f"{artefacts} holds no {name}: export it with --formats onnx")
+        if not (artefacts / name).is_file() or sha256(artefacts / name) != manifest["files"][name]:
+            raise BuildError(f"{artefacts / name} is not what the manifest lists (sha256): export again")
+        key = make_key(manifest["files"][name], trt, gpu, precision, shapes_of(manifest, stage), builder)
+        jobs.append(Job(stage, artefacts / name, key, target))
+    return jobs
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def load_tensorrt(name: str = TENSORRT) -> ModuleType:
+    try:
+        trt = importlib.import_module(name)
+    except ImportError as error:
+        raise BuildError(f"no Python package {name} ({error}): install it, on Jetson with JetPack") from None
+    if name == TENSORRT and trt.__version__.partition(".")[0] not in VERSIONS:
+        raise BuildError(f"TensorRT {trt.__version__}: expected {' or '.join(VERSIONS)}")
+    return trt
+
+
+def gpu_name() -> str:
+    """Name and compute capability of the GPU that CUDA uses first, asked of the driver alone."""
+    try:
+        driver = ctypes.CDLL(DRIVER)
+    except OSError:
+        raise BuildError(f"no NVIDIA driver here ({DRIVER}): build where the engines will run") from None
+
+    def ask(function: str, *arguments) -> None:
+        if status := getattr(driver, function)(*arguments):
+            raise BuildError(f"the NVIDIA driver answers {function} with error {status}: is there a GPU?")
+
+    name, number, device = ctypes.create_string_buffer(256), ctypes.c_int(), ctypes.c_int()
+    ask("cuInit", 0)
+    ask("cuDeviceGet", ctypes.byref(device), 0)
+    ask("cuDeviceGetName", name, len(name), device)
+    capability = []
+    for attribute in (MAJOR, MINOR):
+        ask("cuDeviceGetAttribute", ctypes.byref(number), attribute, device)
+        capability.append(str(number.value))
+    return f"{name.value.decode()}, compute capability {'.'.join(capability)}"
+
+
+def read_entries(engines: Path) -> dict[str, dict]:
+    """File name -> what is known of it, oldest first."""
+    path = engines / MANIFEST
+    if not path.exists():
+        return {}
+    try:
+        return dict(json.loads(path.read_text())[FORMAT])
+    except (ValueError, LookupError, TypeError):
+        raise BuildError(f"{path} lists no {FORMAT}: remove it and build again") from None
+
+
+def replace(path: Path, content: bytes) -> None:
+    partial = path.with_name(path.name + ".partial")
+    try:
+        partial.write_bytes(content)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def build_all(jobs: Sequence[Job], engines: Path, build: Build, workspace: int = WORKSPACE) -> bool:
+    """Build what `engines` does not hold yet, one after the other; one that fails leaves the others alone. Says in a
+    line what became of each, and returns whether all are there."""
+    engines.mkdir(parents=True, exist_ok=True)
+    entries, complete = read_entries(engines), True
+    for job in jobs:
+        path, known = engines / job.file, entries.get(job.file)
+        if known and path.is_file() and sha256(path) == known["sha256"]:
+            print(f"{job.stage}: kept {job.file}", flush=True)
+            continue
+        print(f"{job.stage}: building from {job.onnx.name}", flush=True)
+        try:
+            entries.pop(job.file, None)
+            entries[job.file] = build_one(job, path, build, workspace)
+            replace(engines / MANIFEST, json.dumps({FORMAT: entries}, indent=2).encode() + b"\n")
+            found = entries[job.file]
+            what = "compiles, which is no engine:" if job.target else "built"
+            print(f"{job.stage}: {what} {job.file}, {found['bytes'] / 2**20:.1f} MiB in {found['seconds']:.0f} s")
+        except (BuildError, OSError) as error:
+            print(f"{job.stage}: failed: {error}", file=sys.stderr, flush=True)
+            complete = False
+    return complete
+
+
+def build_one(job: Job, path: Path, build: Build, workspace: int) -> dict:
+    """Build into `path`, which changes only when it is complete; returns its entry for the manifest."""
+    partial, started = path.with_name(path.name + ".partial"), time.monotonic()
+    sizes = [workspace // divisor for divisor in SHRINK]
+    try:
+        for size in sizes:
+            try:
+                build(job, size, partial, path.with_name(TIMING_CACHE))
+                break
+            except BuilderGaveUp as error:
+                print(f"{job.stage}: workspace of {size} MiB: {error}", file=sys.stderr, flush=True)
+        else:
+            tried = ", ".join(map(str, sizes))
+            raise BuildError(f"not built in workspaces of {tried} MiB; if it is memory, end other programs or add swap")
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+    seconds, kind = round(time.monotonic() - started, 1), COMPILED if job.target else ENGINE
+    facts = {"bytes": path.stat().st_size, "sha256": sha256(path), "workspace_mib": size, "seconds": seconds}
+    return {"stage": job.stage, "kind": kind, "key": dict(job.key), **facts}
+
+
+def build_apart(job: Job, workspace: int, plan: Path, timing_cache: Path) -> None:
+    """Build one engine in a process of its own. Raises BuilderGaveUp, BuildError; what TensorRT said is printed."""
+    request = {
+        "module": job.key["tensorrt"].split()[0],
+        "onnx": str(job.onnx),
+        "shapes": job.key["shapes"],
+        "workspace": workspace,
+        "plan": str(plan),
+        "timing_cache": str(timing_cache),
+        "target": job.target,
+    }
+    command = [sys.executable, "-W", "ignore", __file__, "--one"]
+    done = subprocess.run(
+        command, input=json.dumps(request), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    if done.returncode == 0:
+        return
+    print(done.stdout, end="", file=sys.stderr, flush=True)
+    reason = f"exit {done.returncode}: {(done.stdout.splitlines() or ['no message'])[-1]}"
+    raise BuilderGaveUp(reason) if done.returncode < 0 or done.returncode == GAVE_UP else BuildError(reason)
+
+
+def build_here(request: Mapping) -> None:
+    """In the process of its own: parse, set the profile, build, write the plan and the timing cache."""
+    trt = load_tensorrt(request["module"])
+    logger = trt.Logger(trt.Logger.ERROR)
+    builder = trt.Builder(logger)
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser = trt.OnnxParser(network, logger)
+    if not parser.parse_from_file(request["onnx"]):
+        sys.exit(f"does not parse: {parser.get_error(0).desc()}")
+    config, profile = builder.create_builder_config(), builder.create_optimization_profile()
+    config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, request["workspace"] << 20)
+    config.clear_flag(trt.BuilderFlag.TF32)  # fp32 is what the graph says
+    for name, shapes in request["shapes"].items():
+        profile.set_shape(name, *shapes)
+    config.add_optimization_profile(profile)
+    if request["target"]:
+        config.num_compute_capabilities = 1
+        config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{request['target']}"), 0)
+    cache = Path(request["timing_cache"])
+    for content in (cache.read_bytes() if cache.is_file() else b"", b""):  # that of another GPU or version is not taken
+        timings = config.create_timing_cache(content)
+        if timings is not None and config.set_timing_cache(timings, False):
+            break
+    plan = builder.build_serialized_network(network, config)
+    if plan is None:
+        sys.exit(GAVE_UP)
+    Path(request["plan"]).write_bytes(plan)
+    replace(cache, bytes(config.get_timing_cache().serialize()))
+
+
+def adopt(folder: Path) -> Build:
+    """What takes the engines that trtexec has just built, STAGE.plan in `folder`, instead of building them."""
+
+    def take(job: Job, workspace: int, plan: Path, timing_cache: Path) -> None:
+        (folder / f"{job.stage}.plan").replace(plan)
+
+    return take
+
+
+def main() -> None:
+    if sys.argv[1:] == ["--one"]:
+        return build_here(json.load(sys.stdin))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("artefacts", type=Path, help="folder that scaphoid-export wrote with --formats onnx")
+    parser.add_argument("engines", type=Path, help="folder for the engines; those that fit are kept")
+    parser.add_argument(
+        "--precision", choices=PRECISIONS, default=PRECISIONS[0], help="which ONNX (default %(default)s)"
+    )
+    parser.add_argument("--workspace", type=int, default=WORKSPACE, help="MiB of scratch memory (default %(default)s)")
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument("--adopt", type=Path, help="folder of the engines that trtexec.sh has just built")
+    instead.add_argument("--compile-check", type=int, metavar="SM", help="compile for compute capability SM, no GPU")
+    arguments = parser.parse_args()
+    target = arguments.compile_check
+    try:
+        trt = load_tensorrt(RTX if target else TENSORRT)
+        if target and not hasattr(trt.ComputeCapability, f"SM{target}"):
+            raise BuildError(f"TensorRT for RTX {trt.__version__} does not compile for SM {target}")
+        gpu = f"none, compiled for compute capability {target}" if target else gpu_name()
+        builder = "trtexec" if arguments.adopt else TENSORRT
+        jobs = make_jobs(arguments.artefacts, arguments.precision, trt, gpu, builder, target)
+        build = adopt(arguments.adopt) if arguments.adopt else build_apart
+        complete = build_all(jobs, arguments.engines, build, arguments.workspace)
+    except (BuildError, OSError) as error:
+        sys.exit(f"build_engines: {error}")
+    sys.exit(0 if complete else 1)
+
+
+if __name__ == "__main__":
+    main()

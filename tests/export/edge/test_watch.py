@@ -1,0 +1,141 @@
+"""What arrives in a folder is predicted once, whatever happens to the process in between."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("torch")
+pytest.importorskip("openvino")
+
+from scaphoid.export.edge.flow import Flow
+from scaphoid.export.edge.watch import JOURNAL, Arrivals, Journal, Watch, alone_in
+from scaphoid.trainer import predictions
+from scaphoid.triton_repo.results import read_predictions
+
+
+def test_only_files_that_stay_the_same_have_arrived(tmp_path):
+    arrivals = Arrivals(tmp_path)
+    for name in ("b.png", "a.png", ".hidden.png", "c.png.part", "d.tmp"):
+        (tmp_path / name).write_bytes(b"1")
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "link.png").symlink_to(tmp_path / "a.png")
+    os.utime(tmp_path / "a.png", ns=(5, 5))
+    os.utime(tmp_path / "b.png", ns=(3, 3))
+    assert arrivals.look() == []
+    (tmp_path / "b.png").write_bytes(b"12")
+    os.utime(tmp_path / "b.png", ns=(3, 3))
+    assert arrivals.look() == [tmp_path / "a.png"]
+    assert arrivals.look() == [tmp_path / "b.png", tmp_path / "a.png"]
+    (tmp_path / "c.png.part").rename(tmp_path / "c.png")
+    assert tmp_path / "c.png" not in arrivals.look()
+    assert tmp_path / "c.png" in arrivals.look()
+
+
+def test_a_half_written_line_is_cut_off(tmp_path):
+    path = tmp_path / JOURNAL
+    line = {"image": "a.png", "sha256": "00", "flow": "msfm", "model_version": "1", "parts": True, "status": "ok"}
+    path.write_text(json.dumps(line) + '\n{"image": "b')
+    journal = Journal(path)
+    assert journal.holds(line)
+    assert not journal.holds({**line, "sha256": "01"})
+    journal.append({**line, "image": "c.png"})
+    assert [json.loads(each)["image"] for each in path.read_text().splitlines()] == ["a.png", "c.png"]
+
+
+def test_one_process_watches_into_a_folder(tmp_path):
+    with alone_in(tmp_path), pytest.raises(BlockingIOError), alone_in(tmp_path):
+        pass
+
+
+@pytest.fixture(scope="module")
+def flow(artefacts) -> Flow:
+    return Flow.load(artefacts, "msfm", threads=1)
+
+
+class Stop(threading.Event):
+    """Is set when nothing has happened for some looks."""
+
+    def __init__(self, looks: int) -> None:
+        super().__init__()
+        self.looks = looks
+
+    def wait(self, timeout=None) -> bool:
+        self.looks -= 1
+        if self.looks <= 0:
+            self.set()
+        return self.is_set()
+
+
+def contents(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.mark.slow
+def test_good_files_bad_files_and_a_restart(flow, radiograph, tmp_path):
+    inbox, out, statuses = tmp_path / "inbox", tmp_path / "out", []
+    inbox.mkdir()
+    for seed in (1, 2):
+        (inbox / f"{seed}.png").write_bytes(radiograph(seed))
+    (inbox / "bad.png").write_bytes(radiograph(3)[:-40])
+    Watch(flow, inbox, out, finished=statuses.append).run(Stop(3))
+    assert sorted(statuses) == ["ok", "ok", "rejected"]
+    assert contents(inbox) == []
+    assert contents(out / "done") == ["1.png", "2.png"]
+    assert contents(out / "rejected") == ["bad.png", "bad.png.reason.txt"]
+    assert "truncated" in (out / "rejected" / "bad.png.reason.txt").read_text()
+
+    (inbox / "1.png").write_bytes(radiograph(1))  # as if the process had died between writing and moving
+    (inbox / "2.png").write_bytes(radiograph(4))  # another radiograph of a known name
+    statuses.clear()
+    Watch(flow, inbox, out, finished=statuses.append).run(Stop(3))
+    assert sorted(statuses) == ["known", "ok"]
+    assert len(contents(out / "done")) == 4
+    assert contents(inbox) == []
+    lines = [json.loads(line) for line in (out / JOURNAL).read_text().splitlines()]
+    assert [line["image"] for line in lines if line["status"] == "ok"] == ["1.png", "2.png", "2.png"]
+
+
+@pytest.mark.slow
+def test_the_lines_are_those_of_scaphoid_predict(flow, radiograph, tmp_path):
+    """One schema: what the server's client reads back, and what the evaluation reads."""
+    (result,) = flow.predict([radiograph(1)])
+    (bad,) = flow.predict([b""])
+    journal, watch = Journal(tmp_path / JOURNAL), Watch(flow, tmp_path, tmp_path)
+    for each, digest in ((result, "00"), (bad, "01")):
+        journal.append(watch.record(each, digest))
+    good = read_predictions(tmp_path / JOURNAL)["image 0"]
+    assert good.status == "rejected"  # the later line of a name counts
+    assert {each["image"] for each in predictions.read_predictions(tmp_path / JOURNAL)} == {"image 0"}
+    line = json.loads((tmp_path / JOURNAL).read_text().splitlines()[0])
+    assert line["verdict"] == ("abnormal" if result.score >= 0.5 else "normal")
+    assert line["probability_with_parts"] == result.score
+
+
+@pytest.mark.slow
+def test_the_command_predicts_until_it_is_told_to_stop(artefacts, radiograph, tmp_path):
+    inbox, out = tmp_path / "inbox", tmp_path / "out"
+    inbox.mkdir()
+    (inbox / "wrist.png").write_bytes(radiograph(1))
+    command = [sys.executable, "-m", "scaphoid.export.edge.command", "watch", artefacts, inbox, out]
+    process = subprocess.Popen(
+        [*command, "--seconds", "0.1", "--threads", "1", "--no-parts"], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        deadline = time.monotonic() + 60
+        while not (out / "done" / "wrist.png").exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        said, _ = process.communicate(timeout=30)
+    finally:
+        process.kill()
+    assert process.returncode == 0
+    assert said.splitlines()[1:] == ["ok", "stopped"]
+    (line,) = (json.loads(line) for line in (out / JOURNAL).read_text().splitlines())
+    assert (line["image"], line["parts"], line["probability_with_parts"]) == ("wrist.png", False, None)

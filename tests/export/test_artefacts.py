@@ -1,0 +1,147 @@
+"""What goes into a manifest, what does not verify, and exports that cannot be: one line, and nothing half-written."""
+
+import json
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from scaphoid.export import artefacts
+from scaphoid.export.artefacts import MANIFEST, ManifestError, accepted, verify, write_manifest
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    (tmp_path / "encoder").mkdir()
+    (tmp_path / "encoder" / "model.bin").write_bytes(bytes(range(256)))
+    (tmp_path / "parity.json").write_text("{}\n")
+    write_manifest(tmp_path, {"flows": ["kalm"]})
+    return tmp_path
+
+
+def tamper(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[100] ^= 1
+    path.write_bytes(content)
+
+
+def test_what_was_written_verifies_and_twice_is_the_same(folder, capsys):
+    first = (folder / MANIFEST).read_bytes()
+    write_manifest(folder, {"flows": ["kalm"]})
+    assert (folder / MANIFEST).read_bytes() == first
+    assert set(verify(folder)["files"]) == {"encoder/model.bin", "parity.json"}
+    artefacts.main([str(folder)])
+    assert "2 files are what the manifest says" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda folder: tamper(folder / "encoder" / "model.bin"), r"model\.bin changed"),
+        (lambda folder: (folder / "encoder" / "model.bin").unlink(), r"model\.bin is missing"),
+        (lambda folder: (folder / "extra.pt").touch(), r"extra\.pt is not in the manifest"),
+        (lambda folder: (folder / MANIFEST).unlink(), r"has no manifest\.json"),
+        (lambda folder: (folder / MANIFEST).write_text("{"), "is not JSON"),
+    ],
+    ids=["one bit", "gone", "added", "no manifest", "no JSON"],
+)
+def test_what_changed_does_not_verify(folder, damage, message):
+    damage(folder)
+    with pytest.raises(ManifestError, match=message):
+        verify(folder)
+    with pytest.raises(SystemExit, match=f"verify: .*{message}"):
+        artefacts.main([str(folder)])
+
+
+def test_verify_without_a_folder_tells_its_usage():
+    for arguments in ([], ["--help"], ["a", "b"]):
+        with pytest.raises(SystemExit, match="usage: scaphoid-export verify DIR"):
+            artefacts.main(arguments)
+
+
+def test_accepted_artefacts_say_so_and_no_others():
+    failures = ["encoder, openvino f32: logits differs by 0.2, at most 0.0001", "kalm, openvino f32: ..."]
+    assert accepted({}) == accepted({"parity": {"passed": True, "failures": []}}) == ""
+    line = accepted({"parity": {"passed": False, "failures": failures, "accepted": "a trial"}})
+    assert "accepted as 'a trial'" in line
+    assert "logits differs by 0.2" in line
+    assert line.endswith("and 1 more")
+
+
+def export_command(*arguments, limit: int | None = None) -> subprocess.CompletedProcess:
+    """`scaphoid-export` in a process whose files may not grow beyond `limit` bytes: a disk that is full."""
+
+    def full() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+    command = [sys.executable, "-m", "scaphoid.export.export", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, preexec_fn=full if limit else None)
+
+
+def refused(monkeypatch, weights: Path, out: Path) -> str:
+    """The line that scaphoid-export ends with."""
+    pytest.importorskip("torch")
+    pytest.importorskip("scaphoid.kernels.library")
+    from scaphoid.export.export import main
+
+    monkeypatch.setattr(sys, "argv", ["scaphoid-export", str(weights), "--out", str(out), "--gate-images", "1"])
+    with pytest.raises(SystemExit) as error:
+        main()
+    line = str(error.value)
+    assert not out.exists()
+    assert "\n" not in line
+    return line
+
+
+def test_a_run_without_weights(monkeypatch, tmp_path):
+    (tmp_path / "run").mkdir()
+    line = refused(monkeypatch, tmp_path / "run", tmp_path / "out")
+    assert "run holds no best.safetensors: let scaphoid-train finish an epoch" in line
+    assert "no weights file at" in refused(monkeypatch, tmp_path / "absent.safetensors", tmp_path / "out")
+
+
+def test_an_unknown_backbone_and_a_file_that_is_no_model(monkeypatch, tmp_path):
+    pytest.importorskip("torch")
+    from safetensors.numpy import save_file
+
+    weights = tmp_path / "kalm.safetensors"
+    metadata = {"system": "kalm", "config": {"backbone": "resnet1999"}}
+    save_file({"x": np.zeros(1, np.float32)}, weights, {"scaphoid": json.dumps(metadata)})
+    assert "'resnet1999' is not a timm model" in refused(monkeypatch, weights, tmp_path / "out")
+    weights.write_bytes(b"\x80\x04pickle")
+    assert "is not a safetensors file written by scaphoid-train" in refused(monkeypatch, weights, tmp_path / "out")
+
+
+def test_preprocessing_holds_no_path_of_this_machine_and_is_the_same_twice(tmp_path):
+    pytest.importorskip("nvidia.dali")
+    from scaphoid.export.pipeline_to_dali import pipeline_to_dali
+
+    for name in ("a", "b"):
+        pipeline_to_dali(tmp_path / name, 96, 2)
+    content = (tmp_path / "a").read_bytes()
+    assert content == (tmp_path / "b").read_bytes()
+    assert b"decoders" in content
+    assert b"pipeline.py" not in content
+
+
+@pytest.mark.slow
+def test_a_full_disk_leaves_earlier_artefacts_and_nothing_half_written(tmp_path):
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("scaphoid.kernels.library")
+    from scaphoid.trainer.checkpoint import save_model
+    from scaphoid.trainer.models.kalm import Kalm, KalmConfig
+
+    torch.manual_seed(5)
+    weights, out = tmp_path / "kalm.safetensors", tmp_path / "artefacts"
+    save_model(weights, Kalm(KalmConfig("test_resnet", image_size=96, key_size=64)))
+    out.mkdir()
+    write_manifest(out, {"flows": []})
+    done = export_command(weights, "--out", out, "--gate-images", "1", limit=400_000)
+    assert done.returncode == 1, done.stderr
+    assert done.stderr.splitlines()[-1].startswith("scaphoid-export: ")
+    assert "Traceback" not in done.stderr
+    assert verify(out)["flows"] == []
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["artefacts", "kalm.safetensors"]

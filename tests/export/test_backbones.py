@@ -1,0 +1,86 @@
+"""Every format of an encoder on every backbone. At the papers' size it takes minutes and prints its figures:
+
+pytest -m thorough tests/export/test_backbones.py -s
+"""
+
+import time
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("scaphoid.kernels.library")
+
+from scaphoid.export import rtx_compile_check  # noqa: E402
+from scaphoid.export.format_parity import errors_of  # noqa: E402
+from scaphoid.export.formats import FORMATS  # noqa: E402
+from scaphoid.export.tolerances import at_most  # noqa: E402
+from scaphoid.trainer.contracts import STAGES  # noqa: E402
+from scaphoid.trainer.models.backbone import PACKAGED, create_encoder  # noqa: E402
+
+STAGE = STAGES["encoder"]
+SMALL = [pytest.param(name, 161, marks=pytest.mark.slow) for name in ("resnet18", "tf_efficientnet_lite0")]
+UNTRAINED_F16 = 0.25  # random weights amplify rounding, trained ones do not: the gate holds those to less
+NAMES = ("resnet18", "resnet50", "vgg16", "inception_v4", "tf_efficientnet_lite0")
+PAPERS = [pytest.param(name, 448, marks=[pytest.mark.slow, pytest.mark.thorough]) for name in NAMES]
+
+
+def radiographs(count: int, size: int) -> torch.Tensor:
+    """Smooth grey pictures, uint8 Tensor[count, 1, size, size]."""
+    coarse = torch.rand(count, 1, 9, 8, generator=torch.Generator().manual_seed(2)) * 255
+    return torch.nn.functional.interpolate(coarse, (size, size), mode="bicubic").clamp(0, 255).to(torch.uint8)
+
+
+def untrained_encoder(backbone: str) -> torch.nn.Module:
+    """ImageNet's weights where they come with a package; else random ones that use every layer (timm starts residual
+    branches at 0), with the statistics of some pictures, without which the features of a deep network vanish. Logits
+    are about 1."""
+    torch.manual_seed(1)
+    encoder = create_encoder(backbone, pretrained=backbone == PACKAGED)
+    for module in encoder.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.momentum = None
+            module.weight.data.clamp_(min=0.25)
+    with torch.no_grad():
+        encoder.train(backbone != PACKAGED).features(radiographs(4, 192))
+        encoder.classifier.weight /= encoder.eval()(radiographs(2, 192))[0].abs().max()
+    return encoder
+
+
+@pytest.mark.parametrize(("backbone", "size"), SMALL + PAPERS)
+def test_every_format_of_an_encoder(backbone, size, tmp_path):
+    encoder, images = untrained_encoder(backbone), radiographs(3, size)
+    with torch.no_grad():
+        expected = encoder(images)
+    assert expected[0].abs().max() > 1e-3
+    for form in [each for each in FORMATS.values() if each.files and STAGE.kind in each.kinds and not each.missing()]:
+        for suffix, stored in form.files.items():
+            precision, path = stored or "f32", tmp_path / f"{form.name}{suffix}"
+            began = time.perf_counter()
+            form.write(encoder, (images[:2],), STAGE, path)
+            seconds = time.perf_counter() - began
+            with torch.no_grad():
+                outputs = form.load(path, STAGE, precision, 1)(images)
+            errors = {
+                tensor.name: errors_of(tensor.name, a.numpy(), b.numpy()).max()
+                for tensor, a, b in zip(STAGE.outputs, expected, outputs, strict=True)
+            }
+            size_mib = sum(each.stat().st_size for each in tmp_path.glob(f"{path.stem}.*")) / 2**20
+            figures = ", ".join(f"{name} {error:.1e}" for name, error in errors.items())
+            figures += f"; {size_mib:.1f} MiB, {seconds:.1f} s"
+            print(f"\n{backbone} {size}, {path.name}: {figures}", end="", flush=True)
+            for name, error in errors.items():
+                limit = UNTRAINED_F16 if precision == "f16" else at_most(STAGE, name, precision)
+                assert limit is None or error <= limit, path.name
+
+
+@pytest.mark.skipif(not rtx_compile_check.available(), reason=rtx_compile_check.MISSING)
+@pytest.mark.parametrize(("backbone", "size"), SMALL + PAPERS)
+def test_rtx_compile_check_of_an_encoder(backbone, size, tmp_path):
+    form = FORMATS["onnx"]
+    for suffix in form.files:
+        form.write(untrained_encoder(backbone), (radiographs(2, size),), STAGE, tmp_path / f"{backbone}{suffix}")
+        for architecture in rtx_compile_check.ARCHITECTURES if size == 448 else (86,):
+            found = rtx_compile_check.check(tmp_path / f"{backbone}{suffix}", [1, size, size], architecture)
+            print(f"\n{found}", end="")
+            assert not found.error
+            assert ("HALF" in found.precisions) == (suffix == ".f16.onnx")
