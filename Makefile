@@ -24,12 +24,12 @@ $(STAMP): pyproject.toml $(CONSTRAINTS) $(SOURCES)
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v <= (3, 12) else f"scaphoid needs Python 3.11 or 3.12, found {v[0]}.{v[1]}; try: make $(MAKECMDGOALS) PYTHON=python3.11")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "setting up $(VENV) (7 GB; minutes the first time)"
-	$(PIP) install -c $(CONSTRAINTS) ninja 'cuda-toolkit[cccl,nvcc]'
+	$(PIP) install --no-compile -c $(CONSTRAINTS) ninja 'cuda-toolkit[cccl,nvcc]'
 	mkdir -p build
-# The kernels compile while packages arrive: they need none of them.
+# The kernels compile while packages arrive: they need none of them. Python compiles what is imported, when it is.
 	$(BIN)/python kernels/build_ops.py edge --out $(EDGE) > build/edge.log 2>&1 & \
-	$(PIP) install -c $(CONSTRAINTS) torch setuptools wheel; \
-	$(PIP) install -c $(CONSTRAINTS) --no-build-isolation -e '.[dev]'; \
+	$(PIP) install --no-compile -c $(CONSTRAINTS) torch setuptools wheel; \
+	$(PIP) install --no-compile -c $(CONSTRAINTS) --no-build-isolation -e '.[dev]'; \
 	wait
 	@$(BIN)/python -m scaphoid.kernels.library
 	touch $@
