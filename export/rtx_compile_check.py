@@ -12,6 +12,8 @@ import json
 import subprocess
 import sys
 import time
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +23,14 @@ from rich.table import Table
 
 from scaphoid.export.artefacts import ManifestError, verify
 from scaphoid.export.formats import FORMATS
-from scaphoid.export.tensorrt_engines.build_engines import BATCHES
+from scaphoid.export.tensorrt_engines.build_engines import (
+    RTX,
+    BuildError,
+    encoders,
+    load_tensorrt,
+    prepare,
+    shapes_of,
+)
 from scaphoid.trainer.contracts import STAGES
 
 ARCHITECTURES = (80, 86, 89, 120)
@@ -46,9 +55,9 @@ def available() -> bool:
     return importlib.util.find_spec("tensorrt_rtx") is not None
 
 
-def check(onnx: Path, dims: list[int], architecture: int) -> Compiled:
-    """Compile `onnx`, whose only input has `dims` after the batch, for `sm_<architecture>` in a process of its own."""
-    request = json.dumps({"onnx": str(onnx), "dims": dims, "architecture": architecture})
+def check(onnx: Path, shapes: Mapping[str, list[list[int]]], architecture: int) -> Compiled:
+    """Compile `onnx` for `sm_<architecture>` in a process of its own; `shapes`: the profile of each input."""
+    request = json.dumps({"onnx": str(onnx), "shapes": shapes, "architecture": architecture})
     command = [sys.executable, "-c", "from scaphoid.export.rtx_compile_check import build; build()"]
     try:
         done = subprocess.run(command, input=request, capture_output=True, text=True, timeout=TIMEOUT)
@@ -62,26 +71,14 @@ def check(onnx: Path, dims: list[int], architecture: int) -> Compiled:
 
 def build() -> None:
     """In the process of its own: the request on stdin, the result as the last line of stdout."""
-    from collections import Counter
-
-    import tensorrt_rtx as trt
-
     request = json.load(sys.stdin)
-    target = getattr(trt.ComputeCapability, f"SM{request['architecture']}", None)
-    if target is None:
-        sys.exit(f"TensorRT for RTX {trt.__version__} does not compile for sm_{request['architecture']}")
-    logger = trt.Logger(trt.Logger.ERROR)
-    builder = trt.Builder(logger)
-    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
-    parser = trt.OnnxParser(network, logger)
-    if not parser.parse_from_file(request["onnx"]):
-        sys.exit(f"does not parse: {parser.get_error(0).desc()}")
-    config, profile = builder.create_builder_config(), builder.create_optimization_profile()
-    profile.set_shape(network.get_input(0).name, *((batch, *request["dims"]) for batch in BATCHES))
-    config.add_optimization_profile(profile)
-    config.num_compute_capabilities = 1
-    config.set_compute_capability(target, 0)
     started = time.perf_counter()
+    try:
+        builder, network, config = prepare(
+            load_tensorrt(RTX), request["onnx"], request["shapes"], request["architecture"]
+        )
+    except BuildError as error:
+        sys.exit(str(error))
     plan = builder.build_serialized_network(network, config)
     if plan is None:
         sys.exit("does not compile")
@@ -101,9 +98,8 @@ def check_artefacts(artefacts: Path, architectures: tuple[int, ...]) -> list[Com
     if form.name not in manifest.get("formats", []):
         raise ManifestError(f"{artefacts} holds no ONNX: export it with --formats onnx")
     return [
-        check(path, door["inputs"][0]["dims"], architecture)
-        for name, door in manifest["stages"].items()
-        if door["kind"] in form.kinds
+        check(path, shapes_of(manifest, name), architecture)
+        for name in encoders(manifest)
         for path in (form.path(artefacts, STAGES[name], suffix) for suffix in form.files)
         if path.is_file()  # int8 is there only when it was asked for
         for architecture in architectures

@@ -8,13 +8,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-import openvino as ov
 import torch
 from torch import Tensor, nn
 
 from scaphoid.export.artefacts import OPS_LIBRARY, ManifestError, verify
+from scaphoid.export.edge.openvino_engine import compiled
 from scaphoid.export.formats import FORMATS, SERVED
-from scaphoid.export.precision import HINTS
 from scaphoid.trainer.checkpoint import load_model
 from scaphoid.trainer.contracts import ENCODED, STAGES, Stage
 from scaphoid.trainer.data.guard import RejectedImage
@@ -80,12 +79,9 @@ class OpenVinoStage:
     """An encoder engine as a function. `precision` is the one that it really runs in (of int8: beside its int8)."""
 
     def __init__(self, path: Path, stage: Stage, precision: str, threads: int = 0) -> None:
-        options: dict[str, object] = {"INFERENCE_PRECISION_HINT": HINTS[precision], "PERFORMANCE_HINT": "LATENCY"}
-        if threads:
-            options["INFERENCE_NUM_THREADS"] = threads
-        compiled = ov.Core().compile_model(str(path), "CPU", options)
-        self.precision = compiled.get_property("INFERENCE_PRECISION_HINT").to_string()
-        self._request = compiled.create_infer_request()
+        engine = compiled(path, precision, threads)
+        self.precision = engine.get_property("INFERENCE_PRECISION_HINT").to_string()
+        self._request = engine.create_infer_request()
         self._inputs = [tensor.name for tensor in stage.inputs]
         self._outputs = [tensor.name for tensor in stage.outputs]
 

@@ -32,13 +32,14 @@ from rich.table import Table
 
 from scaphoid.trainer.data.index import Radiograph, read_index
 from scaphoid.trainer.flows import FLOWS
+from scaphoid.trainer.journal import JOURNAL, Journal, Prediction
 from scaphoid.triton_repo.client import FlowClient, ServerUnavailable, wanted_outputs
 from scaphoid.triton_repo.inputs import Collection, collect
 from scaphoid.triton_repo.prediction_run import PredictionRun
 from scaphoid.triton_repo.report.outcome import Outcome
 from scaphoid.triton_repo.report.overlays import write_overlay
 from scaphoid.triton_repo.report.report import write_report
-from scaphoid.triton_repo.results import Journal, Prediction, studies_of, write_csv, write_studies
+from scaphoid.triton_repo.results import studies_of, write_csv, write_studies
 
 Flag = tyro.conf.FlagCreatePairsOff[bool]
 USAGE, SOME_FAILED, INTERRUPTED = 2, 1, 130
@@ -184,7 +185,7 @@ async def _run(options: Options, collection: Collection, console: Console) -> Pr
 def _journal(options: Options) -> Journal:
     try:
         options.out.mkdir(parents=True, exist_ok=True)
-        return Journal(options.out / "predictions.jsonl", options.resume)
+        return Journal(options.out / JOURNAL, options.resume)
     except (ValueError, OSError) as error:
         raise UsageError(f"--out {options.out}: {error}") from error
 
@@ -240,7 +241,7 @@ def _check(options: Options, paths: Sequence[Path]) -> None:
 
 def _write(options: Options, outcome: Outcome, console: Console) -> list[Path]:
     """The files besides the journal that this run was asked for."""
-    files = [options.out / "predictions.jsonl", options.out / "studies.jsonl"]
+    files = [options.out / JOURNAL, options.out / "studies.jsonl"]
     write_studies(files[-1], outcome.studies)
     if options.csv:
         files.append(options.out / "predictions.csv")

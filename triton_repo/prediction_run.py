@@ -6,17 +6,15 @@ request failed is tried once more at the end, alone, so that no batch-mate can t
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-
 from scaphoid.trainer.data.guard import RejectedImage
+from scaphoid.trainer.journal import Journal, Prediction, answered
 from scaphoid.triton_repo.client import FlowClient, RequestFailed, RequestRejected, ServerUnavailable
 from scaphoid.triton_repo.inputs import Loaded, Rejection, Source, load
-from scaphoid.triton_repo.results import STAGES, Journal, Prediction
 
 
 @dataclass
@@ -111,7 +109,10 @@ class PredictionRun:
         except RequestRejected as error:
             self._finish(self._record(source.path, loaded, "rejected", str(error)))
         else:
-            answer = described(outputs)
+            try:
+                answer = answered(outputs)
+            except ValueError as error:
+                raise RequestFailed(f"the server {error}") from None
             self._finish(self._record(source.path, loaded, "ok", None, **answer).judged(self.threshold))
 
     async def _try_alone(self, source: Source, first: RequestFailed) -> None:
@@ -150,27 +151,3 @@ class PredictionRun:
         self.journal.append(prediction)
         self.predictions[prediction.image] = prediction
         self.finished(prediction)
-
-
-def described(outputs: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """The fields of a `Prediction` that a flow's outputs settle. Raises RequestFailed when a number is not finite."""
-    for name, value in outputs.items():
-        if not np.isfinite(value).all():
-            raise RequestFailed(f"the server answered {name} with a value that is not finite")
-
-    def number(name: str) -> float | None:
-        return float(outputs[name].item()) if name in outputs else None
-
-    boxes, scores = outputs.get("window_boxes", ()), outputs.get("window_scores", ())
-    probabilities = {stage: number(f"{stage}_probability") for stage in STAGES}
-    return {
-        "probability": number("probability"),
-        "probability_with_parts": number("probability_with_parts"),
-        "stages": {stage: value for stage, value in probabilities.items() if value is not None},
-        "box": outputs["box"].astype(float).tolist() if "box" in outputs else None,
-        "main_box": outputs["main_box"].astype(float).tolist() if "main_box" in outputs else None,
-        "windows": [
-            {"box": box.astype(float).tolist(), "score": float(score)} for box, score in zip(boxes, scores, strict=True)
-        ],
-        "margin": number("margin"),
-    }

@@ -11,9 +11,9 @@ the ops' C interface (`make edge` builds it).
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
@@ -24,6 +24,7 @@ from scaphoid.export.edge.plan import Engine, HostPlan, decoded_tensors
 from scaphoid.trainer.contracts import STAGES
 from scaphoid.trainer.data.guard import RejectedImage
 from scaphoid.trainer.flows import FLOWS
+from scaphoid.trainer.journal import Answer, answered
 
 BATCH = 8  # images that go through the engines together
 MAX_FILE_BYTES = 512 * 2**20
@@ -31,28 +32,12 @@ MAX_FILE_BYTES = 512 * 2**20
 Image = str | os.PathLike | bytes
 
 
-@dataclass(frozen=True)
-class Result:
-    """What a flow says about one radiograph, or in `reason` why it says nothing. Boxes are `[x0, y0, x1, y1]`,
-    half-open, in pixels of the original radiograph with its EXIF orientation applied; `windows` are `{"box", "score"}`
-    in order of choice; `stages` holds each stage's probability of abnormal; what was not asked for is None or empty."""
+@dataclass(frozen=True, kw_only=True)
+class Result(Answer):
+    """What a flow says about one image, or in `reason` why it says nothing."""
 
     image: str
     reason: str | None = None
-    width: int | None = None
-    height: int | None = None
-    probability: float | None = None
-    probability_with_parts: float | None = None
-    stages: dict[str, float] = field(default_factory=dict)
-    box: list[float] | None = None
-    main_box: list[float] | None = None
-    windows: list[dict[str, Any]] = field(default_factory=list)
-    margin: float | None = None
-
-    @property
-    def score(self) -> float | None:
-        """The probability that a verdict is drawn from: with the parts when they were classified."""
-        return self.probability if self.probability_with_parts is None else self.probability_with_parts
 
 
 class Plan(Protocol):
@@ -124,7 +109,7 @@ class Flow:
             plan()
             answers = {index: {name: plan.arrays[name][row] for name in wanted} for row, index in enumerate(good)}
         return [
-            _result(name, each[1], answers[index]) if index in answers else Result(name, reason=each)
+            _result(name, each[1], answers[index]) if index in answers else Result(image=name, reason=each)
             for index, (name, each) in enumerate(zip(names, loaded, strict=True))
         ]
 
@@ -158,22 +143,10 @@ def _loaded(image: Image, size: int) -> tuple[np.ndarray, tuple[int, int]] | str
 def _result(name: str, size: Sequence[int], outputs: Mapping[str, np.ndarray]) -> Result:
     """The answer about one image from the flow's outputs, each a row."""
     height, width = size
-    for output, value in outputs.items():
-        if not np.isfinite(value).all():
-            return Result(name, f"the engine answered {output} with a value that is not finite", width, height)
-    numbers = {output: float(value[0]) for output, value in outputs.items() if value.shape == (1,)}
-    boxes = {output: outputs[output].tolist() for output in ("box", "main_box") if output in outputs}
-    windows = [outputs[output].tolist() for output in ("window_boxes", "window_scores") if output in outputs]
-    own = {"probability", "probability_with_parts", "margin"}
-    return Result(
-        name,
-        width=width,
-        height=height,
-        stages={output.removesuffix("_probability"): value for output, value in numbers.items() if output not in own},
-        windows=[{"box": box, "score": score} for box, score in zip(*windows, strict=True)] if len(windows) > 1 else [],
-        **{output: numbers[output] for output in numbers.keys() & own},
-        **boxes,
-    )
+    try:
+        return Result(image=name, width=width, height=height, **answered(outputs))
+    except ValueError as error:
+        return Result(image=name, width=width, height=height, reason=f"the engines {error}")
 
 
 def encoders(flow: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""An encoder on a CPU: OpenVINO, without torch."""
+"""An encoder on a CPU: OpenVINO, without torch; how every process here compiles it."""
 
 from collections.abc import Mapping
 from functools import partial
@@ -11,15 +11,19 @@ from scaphoid.export.edge.ops import Call
 from scaphoid.export.precision import HINTS
 
 
+def compiled(path: Path, precision: str, threads: int = 0) -> ov.CompiledModel:
+    """One model file in the artefacts' `precision`, or in f32 on a CPU without it; `threads`: 0 for all cores."""
+    options: dict[str, object] = {"INFERENCE_PRECISION_HINT": HINTS[precision], "PERFORMANCE_HINT": "LATENCY"}
+    if threads:
+        options["INFERENCE_NUM_THREADS"] = threads
+    return ov.Core().compile_model(str(path), "CPU", options)
+
+
 class OpenVinoEngine:
-    """The engine of one `model.xml`, for any batch, in the artefacts' `precision`, or in f32 on a CPU without it.
-    `threads` limits it (0: all cores)."""
+    """The engine of one `model.xml`, for any batch; arguments as of `compiled`."""
 
     def __init__(self, path: Path, precision: str, threads: int = 0) -> None:
-        options: dict[str, object] = {"INFERENCE_PRECISION_HINT": HINTS[precision], "PERFORMANCE_HINT": "LATENCY"}
-        if threads:
-            options["INFERENCE_NUM_THREADS"] = threads
-        self._compiled = ov.Core().compile_model(str(path), "CPU", options)
+        self._compiled = compiled(path, precision, threads)
 
     def bind(self, inputs: Mapping[str, np.ndarray], outputs: Mapping[str, np.ndarray]) -> Call:
         """The call that reads `inputs` and fills `outputs`, arrays by the contract's names."""

@@ -8,7 +8,6 @@ not predicted again. Neither names nor pixels are logged.
 """
 
 import fcntl
-import json
 import os
 import shutil
 import stat
@@ -17,13 +16,11 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from threading import Event
-from typing import IO, Any
 
 from scaphoid.export.artefacts import sha256
 from scaphoid.export.edge.flow import BATCH, Flow, Result
-from scaphoid.trainer.contracts import PREDICTION_SCHEMA
+from scaphoid.trainer.journal import JOURNAL, Journal, Prediction
 
-JOURNAL = "predictions.jsonl"
 UNFINISHED = (".part", ".tmp")
 State = tuple[int, int]  # of a file: its size and time of change
 
@@ -53,32 +50,6 @@ class Arrivals:
         return [self._inbox / name for _, name in complete]
 
 
-class Journal:
-    """The growing `predictions.jsonl`; a half-written last line, of a run that was killed, is cut off."""
-
-    def __init__(self, path: Path) -> None:
-        data = path.read_bytes() if path.exists() else b""
-        complete = data[: data.rfind(b"\n") + 1]
-        if len(complete) < len(data):
-            os.truncate(path, len(complete))
-        self._known: set[tuple] = {self._key(json.loads(line)) for line in complete.splitlines()}
-        self._file: IO[str] = path.open("a", encoding="utf-8")
-
-    @staticmethod
-    def _key(record: dict[str, Any]) -> tuple:
-        return tuple(record.get(name) for name in ("image", "sha256", "flow", "model_version", "parts", "status"))
-
-    def holds(self, record: dict[str, Any]) -> bool:
-        return self._key(record) in self._known
-
-    def append(self, record: dict[str, Any]) -> None:
-        """One line, whole, on disk before the image is moved."""
-        self._file.write(json.dumps(record, allow_nan=False) + "\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._known.add(self._key(record))
-
-
 @contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
     """Raises BlockingIOError when another process watches into `folder`."""
@@ -105,8 +76,8 @@ class Watch:
         BlockingIOError when `out` is taken by another process, OSError when it cannot be written."""
         for folder in ("done", "rejected"):
             (self.out / folder).mkdir(parents=True, exist_ok=True)
-        with alone_in(self.out):
-            arrivals, journal = Arrivals(self.inbox), Journal(self.out / JOURNAL)
+        with alone_in(self.out), Journal(self.out / JOURNAL) as journal:
+            arrivals = Arrivals(self.inbox)
             while not stop.is_set():
                 complete = arrivals.look()
                 for start in range(0, len(complete), BATCH):
@@ -117,35 +88,34 @@ class Watch:
     def _predict(self, paths: Sequence[Path], journal: Journal) -> None:
         wanted = [name for name in self.flow.outputs if self.parts or "parts" not in name]
         digests = {path: _digest(path) for path in paths if path.exists()}  # some may be gone since
-        known = [path for path in digests if journal.holds(self.record(Result(path.name), digests[path]))]
+        asked = (self.flow.name, self.flow.version, self.parts)
+        known = [path for path in digests if journal.find(path.name, digests[path], *asked)]
         new = [path for path in digests if path not in known]
         for path in known:
             _move(path, self.out / "done", digests[path])
             self.finished("known")
         for path, result in zip(new, self.flow.predict(new, wanted), strict=True):
-            line = self.record(replace(result, image=path.name), digests[path])
-            if not journal.holds(line):
-                journal.append(line)
+            prediction = self._prediction(path, result, digests[path])
+            journal.append(prediction)
+            journal.sync()  # before the image is moved: what is in done/ has its line, whatever happens
             moved = _move(path, self.out / ("rejected" if result.reason else "done"), digests[path])
             if result.reason:
                 moved.with_name(moved.name + ".reason.txt").write_text(result.reason + "\n")
-            self.finished(line["status"])
+            self.finished(prediction.status)
 
-    def record(self, result: Result, digest: str) -> dict[str, Any]:
-        """The journal's line about one image, whose content has the sha256 `digest`; it is a study of its own."""
-        score, threshold = result.score, self.flow.threshold if self.threshold is None else self.threshold
-        return {
-            "schema": PREDICTION_SCHEMA,
-            **asdict(result),
-            "study": result.image,
-            "flow": self.flow.name,
-            "model_version": self.flow.version,
-            "parts": self.parts,
-            "status": "rejected" if result.reason else "ok",
-            "threshold": threshold,
-            "verdict": None if score is None else "abnormal" if score >= threshold else "normal",
-            "sha256": digest,
-        }
+    def _prediction(self, path: Path, result: Result, digest: str) -> Prediction:
+        """The line about the file at `path`, whose content has the sha256 `digest`; it is a study of its own."""
+        threshold = self.flow.threshold if self.threshold is None else self.threshold
+        return Prediction(
+            **asdict(replace(result, image=path.name)),
+            study=path.name,
+            flow=self.flow.name,
+            model_version=self.flow.version,
+            parts=self.parts,
+            status="rejected" if result.reason else "ok",
+            threshold=threshold,
+            sha256=digest,
+        ).judged(threshold)
 
 
 def _digest(path: Path) -> str:

@@ -239,23 +239,10 @@ def build_apart(job: Job, workspace: int, plan: Path, timing_cache: Path) -> Non
 
 
 def build_here(request: Mapping) -> None:
-    """In the process of its own: parse, set the profile, build, write the plan and the timing cache."""
+    """In the process of its own: build, write the plan and the timing cache."""
     trt = load_tensorrt(request["module"])
-    logger = trt.Logger(trt.Logger.ERROR)
-    builder = trt.Builder(logger)
-    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
-    parser = trt.OnnxParser(network, logger)
-    if not parser.parse_from_file(request["onnx"]):
-        sys.exit(f"does not parse: {parser.get_error(0).desc()}")
-    config, profile = builder.create_builder_config(), builder.create_optimization_profile()
+    builder, network, config = prepare(trt, request["onnx"], request["shapes"], request["target"])
     config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, request["workspace"] << 20)
-    config.clear_flag(trt.BuilderFlag.TF32)  # fp32 is what the graph says
-    for name, shapes in request["shapes"].items():
-        profile.set_shape(name, *shapes)
-    config.add_optimization_profile(profile)
-    if request["target"]:
-        config.num_compute_capabilities = 1
-        config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{request['target']}"), 0)
     cache = Path(request["timing_cache"])
     for content in (cache.read_bytes() if cache.is_file() else b"", b""):  # that of another GPU or version is not taken
         timings = config.create_timing_cache(content)
@@ -266,6 +253,33 @@ def build_here(request: Mapping) -> None:
         sys.exit(GAVE_UP)
     Path(request["plan"]).write_bytes(plan)
     replace(cache, bytes(config.get_timing_cache().serialize()))
+
+
+def prepare(trt: ModuleType, onnx: str, shapes: Mapping, target: int | None) -> tuple:
+    """Builder, parsed network and configuration with the profile of `shapes`; ends the process when it does not parse.
+    Precision is in the graph."""
+    logger = trt.Logger(trt.Logger.ERROR)
+    builder = trt.Builder(logger)
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser = trt.OnnxParser(network, logger)
+    if not parser.parse_from_file(onnx):
+        sys.exit(f"does not parse: {parser.get_error(0).desc()}")
+    config, profile = builder.create_builder_config(), builder.create_optimization_profile()
+    config.clear_flag(trt.BuilderFlag.TF32)  # fp32 is what the graph says
+    for name, each in shapes.items():
+        profile.set_shape(name, *each)
+    config.add_optimization_profile(profile)
+    if target:
+        config.num_compute_capabilities = 1
+        config.set_compute_capability(capability(trt, target), 0)
+    return builder, network, config
+
+
+def capability(trt: ModuleType, target: int) -> object:
+    """TensorRT for RTX' name of a compute capability. Raises BuildError for one that it lacks."""
+    if not hasattr(trt.ComputeCapability, f"SM{target}"):
+        raise BuildError(f"TensorRT for RTX {trt.__version__} does not compile for SM {target}")
+    return getattr(trt.ComputeCapability, f"SM{target}")
 
 
 def adopt(folder: Path) -> Build:
@@ -294,8 +308,8 @@ def main() -> None:
     target = arguments.compile_check
     try:
         trt = load_tensorrt(RTX if target else TENSORRT)
-        if target and not hasattr(trt.ComputeCapability, f"SM{target}"):
-            raise BuildError(f"TensorRT for RTX {trt.__version__} does not compile for SM {target}")
+        if target:
+            capability(trt, target)
         gpu = f"none, compiled for compute capability {target}" if target else gpu_name()
         builder = "trtexec" if arguments.adopt else TENSORRT
         jobs = make_jobs(arguments.artefacts, arguments.precision, trt, gpu, builder, target)

@@ -13,6 +13,7 @@ pytest.importorskip("scaphoid.kernels.library")
 from scaphoid.export import rtx_compile_check  # noqa: E402
 from scaphoid.export.format_parity import errors_of  # noqa: E402
 from scaphoid.export.formats import FORMATS  # noqa: E402
+from scaphoid.export.tensorrt_engines.build_engines import BATCHES  # noqa: E402
 from scaphoid.export.tolerances import at_most  # noqa: E402
 from scaphoid.trainer.contracts import STAGES  # noqa: E402
 from scaphoid.trainer.models.backbone import PACKAGED, create_encoder  # noqa: E402
@@ -77,10 +78,11 @@ def test_every_format_of_an_encoder(backbone, size, tmp_path):
 @pytest.mark.parametrize(("backbone", "size"), SMALL + PAPERS)
 def test_rtx_compile_check_of_an_encoder(backbone, size, tmp_path):
     form = FORMATS["onnx"]
+    shapes = {STAGE.inputs[0].name: [[batch, 1, size, size] for batch in BATCHES]}
     for suffix in form.files:
         form.write(untrained_encoder(backbone), (radiographs(2, size),), STAGE, tmp_path / f"{backbone}{suffix}")
         for architecture in rtx_compile_check.ARCHITECTURES if size == 448 else (86,):
-            found = rtx_compile_check.check(tmp_path / f"{backbone}{suffix}", [1, size, size], architecture)
+            found = rtx_compile_check.check(tmp_path / f"{backbone}{suffix}", shapes, architecture)
             print(f"\n{found}", end="")
             assert not found.error
             assert ("HALF" in found.precisions) == (suffix == ".f16.onnx")

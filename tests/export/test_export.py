@@ -24,14 +24,6 @@ from scaphoid.trainer.models.kalm import Kalm, KalmConfig  # noqa: E402
 from scaphoid.trainer.models.plain import Plain, PlainConfig  # noqa: E402
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 class Maps(nn.Module):
     """As small as an encoder can be."""
 

@@ -16,6 +16,7 @@ from scaphoid.export.formats import FORMATS, SERVED, Format, FormatError, choose
 from scaphoid.export.gate import hold  # noqa: E402
 from scaphoid.export.gate_images import of_files  # noqa: E402
 from scaphoid.export.runner import eager_stages, load_served  # noqa: E402
+from scaphoid.export.tensorrt_engines.build_engines import BATCHES  # noqa: E402
 from scaphoid.trainer.checkpoint import save_model  # noqa: E402
 from scaphoid.trainer.contracts import STAGES  # noqa: E402
 from scaphoid.trainer.models.kalm import Kalm, KalmConfig  # noqa: E402
@@ -23,6 +24,7 @@ from scaphoid.trainer.models.msfm import Msfm, MsfmConfig  # noqa: E402
 
 GRADIENT = b"P5\n90 70\n255\n" + bytes((3 * x + 2 * y + x * y // 9) % 256 for y in range(70) for x in range(90))
 KALM_ENCODERS = ("global_encoder", "local_encoder")
+PROFILE = {"key_image": [[batch, 1, 96, 96] for batch in BATCHES]}
 KALM_GLUE = ("key_area_crop", "key_area_result")
 
 
@@ -163,7 +165,7 @@ def test_onnx_has_the_contracts_door_and_every_file_the_same_bytes_twice(weights
 @pytest.mark.parametrize("suffix", [".onnx", ".f16.onnx"])
 def test_rtx_compile_check(artefacts, suffix):
     onnx = artefacts / "onnx" / f"local_encoder{suffix}"
-    found = rtx_compile_check.check(onnx, [1, 96, 96], 86)
+    found = rtx_compile_check.check(onnx, PROFILE, 86)
     assert found.error == ""
     assert found.layers > 10
     assert ("HALF" in found.precisions) == (suffix == ".f16.onnx")
@@ -174,4 +176,4 @@ def test_rtx_compile_check(artefacts, suffix):
 @pytest.mark.skipif(not rtx_compile_check.available(), reason=rtx_compile_check.MISSING)
 def test_rtx_compile_check_names_what_does_not_parse(tmp_path):
     (tmp_path / "broken.onnx").write_bytes(b"not a model")
-    assert "does not parse" in rtx_compile_check.check(tmp_path / "broken.onnx", [1, 96, 96], 86).error
+    assert "does not parse" in rtx_compile_check.check(tmp_path / "broken.onnx", PROFILE, 86).error

@@ -24,14 +24,6 @@ from scaphoid.trainer.models.kalm import Kalm, KalmConfig  # noqa: E402
 from scaphoid.trainer.models.msfm import Msfm, MsfmConfig  # noqa: E402
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def test_the_gates_phantoms_are_nobody_elses():
     assert PHANTOMS.seed not in (TRAINING.seed, TEST.seed)
     first, again = gate_images(3), gate_images(3)

@@ -14,8 +14,8 @@ import pytest
 from PIL import Image
 
 from scaphoid.trainer.data.index import Index, Radiograph, write_index
+from scaphoid.trainer.journal import read_predictions
 from scaphoid.triton_repo.predict import main
-from scaphoid.triton_repo.results import read_predictions
 
 
 @pytest.fixture

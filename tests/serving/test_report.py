@@ -11,10 +11,11 @@ from PIL import Image
 
 from scaphoid.trainer import pictures
 from scaphoid.trainer.data.index import Radiograph
+from scaphoid.trainer.journal import Prediction
 from scaphoid.triton_repo.report import report
 from scaphoid.triton_repo.report.outcome import Outcome
 from scaphoid.triton_repo.report.overlays import overlay_name, write_overlay
-from scaphoid.triton_repo.results import Prediction, studies_of
+from scaphoid.triton_repo.results import studies_of
 
 RGB = {"box": (0xFF, 0xB0, 0x00), "main": (0x5A, 0xB4, 0xFF), "truth": (0x59, 0xE3, 0x9A)}
 

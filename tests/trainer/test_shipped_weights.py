@@ -24,6 +24,7 @@ def test_a_file_is_small_and_says_what_it_was_trained_on(path: Path):
     assert read_metadata(path)["phantoms"] == GENERATOR_VERSION
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", WEIGHTS, ids=lambda path: path.stem)
 def test_the_probability_falls_when_the_lesion_is_removed(path: Path):
     options = Options(size=448)

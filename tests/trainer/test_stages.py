@@ -275,6 +275,7 @@ assert not [name for name in sys.modules if name.startswith("scaphoid")]
 """
 
 
+@pytest.mark.slow
 def test_every_glue_stage_as_torchscript_in_a_process_without_this_package(tmp_path):
     stages = every_stage()
     assert set(stages) == {stage.name for stage in STAGES.values() if stage.kind == "glue"}

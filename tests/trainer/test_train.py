@@ -100,6 +100,7 @@ def improving(monkeypatch: pytest.MonkeyPatch, accuracies: Iterable[float]) -> N
     monkeypatch.setattr(training_module, "validate", lambda *args: original(*args) | {"accuracy": next(told)})
 
 
+@pytest.mark.slow
 def test_kalm_from_a_plain_classifier(config, monkeypatch):
     start = train(with_schedule(config, epochs=(1,)))
     improving(monkeypatch, (0.25, 0.5))
@@ -204,6 +205,7 @@ def test_the_first_epoch_of_the_best_accuracy_is_kept(config, monkeypatch):
     assert not all(torch.equal(state[name], tensor) for name, tensor in states[2].items())
 
 
+@pytest.mark.slow
 def test_what_a_run_starts_from_competes_as_epoch_0(config, monkeypatch):
     start = train(with_schedule(config, epochs=(1,)))
     improving(monkeypatch, (0.5, 0.5, 0.25))
@@ -212,6 +214,7 @@ def test_what_a_run_starts_from_competes_as_epoch_0(config, monkeypatch):
     assert [line["epoch"] for line in history(again)] == [0, 1, 2]
 
 
+@pytest.mark.slow
 def test_a_phase_goes_on_from_the_best_epoch_of_the_one_before(config, monkeypatch):
     accuracies, states = iter([0.75, 0.25, 0.5]), []
 

@@ -55,6 +55,7 @@ def test_the_papers_settings():
     assert (config.theta, config.r, config.gamma, config.image_size, config.part_size) == (0.6, 0.15, 0.5, 448, 224)
 
 
+@pytest.mark.slow
 def test_a_mistake_is_one_line_and_a_failing_exit_code(tmp_path):
     small = ("--model.backbone", BACKBONE, "--no-pretrained")
     done = command("plain", "--index", str(tmp_path / "none"), "--out", str(tmp_path / "run"), *small)

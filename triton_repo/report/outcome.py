@@ -4,7 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from scaphoid.trainer.data.index import Radiograph
-from scaphoid.triton_repo.results import Prediction, Study
+from scaphoid.trainer.journal import Prediction
+from scaphoid.triton_repo.results import Study
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,8 @@ import re
 from pathlib import Path
 
 from scaphoid.trainer.data.index import Radiograph
+from scaphoid.trainer.journal import Prediction
 from scaphoid.trainer.pictures import load_radiograph, overlay
-from scaphoid.triton_repo.results import Prediction
 
 
 def write_overlay(folder: Path, prediction: Prediction, truth: Radiograph | None = None) -> Path:

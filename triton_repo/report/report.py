@@ -21,9 +21,10 @@ from PIL import Image
 from scaphoid.trainer import pictures
 from scaphoid.trainer.contracts import PREDICTION_SCHEMA
 from scaphoid.trainer.data.index import Radiograph
+from scaphoid.trainer.journal import Prediction
 from scaphoid.triton_repo.report.agreement import FEW, agreement
 from scaphoid.triton_repo.report.outcome import Outcome
-from scaphoid.triton_repo.results import Prediction, Study
+from scaphoid.triton_repo.results import Study
 
 MAX_PICTURES = 600
 PICTURE_BUDGET_BYTES = 16_000_000  # of JPEG; base64 adds a third

@@ -15,9 +15,9 @@ pytest.importorskip("torch")
 pytest.importorskip("openvino")
 
 from scaphoid.export.edge.flow import Flow
-from scaphoid.export.edge.watch import JOURNAL, Arrivals, Journal, Watch, alone_in
+from scaphoid.export.edge.watch import Arrivals, Watch, alone_in
 from scaphoid.trainer import predictions
-from scaphoid.triton_repo.results import read_predictions
+from scaphoid.trainer.journal import JOURNAL, read_predictions
 
 
 def test_only_files_that_stay_the_same_have_arrived(tmp_path):
@@ -36,17 +36,6 @@ def test_only_files_that_stay_the_same_have_arrived(tmp_path):
     (tmp_path / "c.png.part").rename(tmp_path / "c.png")
     assert tmp_path / "c.png" not in arrivals.look()
     assert tmp_path / "c.png" in arrivals.look()
-
-
-def test_a_half_written_line_is_cut_off(tmp_path):
-    path = tmp_path / JOURNAL
-    line = {"image": "a.png", "sha256": "00", "flow": "msfm", "model_version": "1", "parts": True, "status": "ok"}
-    path.write_text(json.dumps(line) + '\n{"image": "b')
-    journal = Journal(path)
-    assert journal.holds(line)
-    assert not journal.holds({**line, "sha256": "01"})
-    journal.append({**line, "image": "c.png"})
-    assert [json.loads(each)["image"] for each in path.read_text().splitlines()] == ["a.png", "c.png"]
 
 
 def test_one_process_watches_into_a_folder(tmp_path):
@@ -100,22 +89,11 @@ def test_good_files_bad_files_and_a_restart(flow, radiograph, tmp_path):
     assert contents(inbox) == []
     lines = [json.loads(line) for line in (out / JOURNAL).read_text().splitlines()]
     assert [line["image"] for line in lines if line["status"] == "ok"] == ["1.png", "2.png", "2.png"]
-
-
-@pytest.mark.slow
-def test_the_lines_are_those_of_scaphoid_predict(flow, radiograph, tmp_path):
-    """One schema: what the server's client reads back, and what the evaluation reads."""
-    (result,) = flow.predict([radiograph(1)])
-    (bad,) = flow.predict([b""])
-    journal, watch = Journal(tmp_path / JOURNAL), Watch(flow, tmp_path, tmp_path)
-    for each, digest in ((result, "00"), (bad, "01")):
-        journal.append(watch.record(each, digest))
-    good = read_predictions(tmp_path / JOURNAL)["image 0"]
-    assert good.status == "rejected"  # the later line of a name counts
-    assert {each["image"] for each in predictions.read_predictions(tmp_path / JOURNAL)} == {"image 0"}
-    line = json.loads((tmp_path / JOURNAL).read_text().splitlines()[0])
-    assert line["verdict"] == ("abnormal" if result.score >= 0.5 else "normal")
-    assert line["probability_with_parts"] == result.score
+    (again,) = flow.predict([radiograph(4)])
+    kept = read_predictions(out / JOURNAL)["2.png"]  # the later line of a name counts
+    assert kept.score == pytest.approx(again.score, abs=1e-5)
+    assert kept.verdict == ("abnormal" if again.score >= 0.5 else "normal")
+    assert {each["image"] for each in predictions.read_predictions(out / JOURNAL)} == {"1.png", "2.png", "bad.png"}
 
 
 @pytest.mark.slow
