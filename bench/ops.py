@@ -96,9 +96,9 @@ def bench_ops(arguments: OpsBench) -> Report:
     skipped: list[str] = []
     before = torch.get_num_threads()
     try:
-        for threads in arguments.threads:
-            torch.set_num_threads(threads)
-            for name in arguments.cases:
+        for name in arguments.cases:
+            for threads in arguments.threads:
+                torch.set_num_threads(threads)
                 tell(f"{name}, {threads} thread" + "s" * (threads > 1))
                 try:
                     case = CASES[name](device, torch.Generator().manual_seed(SEED))

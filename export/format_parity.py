@@ -111,12 +111,17 @@ class OutputError:
         return self.total / max(self.elements, 1)
 
     @property
-    def at_most(self) -> float | None:
-        return at_most(self.stage, self.output, self.precision)
-
-    @property
-    def passed(self) -> bool:
-        return np.isfinite(self.largest) and (self.at_most is None or self.largest <= self.at_most)
+    def failure(self) -> str:
+        """What is beyond the tolerance; empty when nothing is."""
+        largest, mean = at_most(self.stage, self.precision)
+        where = f"{self.stage.name}, {self.format} {self.precision}: {self.output}"
+        if not np.isfinite(self.largest):
+            return f"{where} has another shape, or gave no number"
+        if largest is not None and self.largest > largest:
+            return f"{where} differs by {self.largest:.2g}, at most {largest:g}"
+        if mean is not None and self.mean > mean:
+            return f"{where} differs by {self.mean:.2g} in the mean, at most {mean:.2g}"
+        return ""
 
 
 def errors_of(name: str, expected: np.ndarray, found: np.ndarray) -> np.ndarray:

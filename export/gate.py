@@ -23,8 +23,9 @@ from scaphoid.export.format_parity import Engine, Errors, ExportedStage, OutputE
 from scaphoid.export.formats import FORMATS
 from scaphoid.export.gate_images import GateImages
 from scaphoid.export.precision import effective_precision
+from scaphoid.export.reference import reference
 from scaphoid.export.runner import PREPROCESS_BATCH, load_stage
-from scaphoid.export.tolerances import ENOUGH, PIXELWISE, TOLERANCES
+from scaphoid.export.tolerances import ENOUGH, PIXELWISE, TOLERANCES, at_most
 from scaphoid.trainer.contracts import IMAGE, ORIGINAL_SIZE, STAGES
 from scaphoid.trainer.flows import FLOWS, Flow
 
@@ -35,14 +36,15 @@ Stages = Mapping[str, Callable]
 def hold(artefacts: Path, manifest: Mapping, eager: Stages, images: GateImages, threads: int = 0) -> dict:
     """Hold the `artefacts` that `manifest` describes against the `eager` stages of all its flows; returns the report.
     `threads` limits each engine (0: all cores). Raises RejectedImage for an image that cannot be decoded."""
-    errors, flows = Errors(), []
+    errors, flows, references = Errors(), [], {}
     with torch.inference_mode():
         preprocessed = list(_preprocess(artefacts, manifest, eager, images, errors))
         for name in manifest["flows"]:
             batches = _eager_batches(FLOWS[name], eager, preprocessed)
+            references[name] = reference(_answers(FLOWS[name], batches))
             for engine in engines(artefacts, manifest):
                 flows += _flow_parities(artefacts, manifest, FLOWS[name], engine, batches, images, errors, threads)
-    return report_of(manifest, images, list(errors.rows.values()), flows)
+    return report_of(manifest, images, list(errors.rows.values()), flows) | {"reference": references}
 
 
 def _preprocess(
@@ -142,12 +144,7 @@ def _answers(flow: Flow, batches: Sequence[Batch]) -> Answers:
 
 def report_of(manifest: Mapping, images: GateImages, stages: Sequence[OutputError], flows: Sequence[Parity]) -> dict:
     """What the gate found, as `parity.json` holds it."""
-    failures = [
-        f"{row.stage.name}, {row.format} {row.precision}: {row.output} differs by {row.largest:.2g}, "
-        f"at most {row.at_most or np.inf:g}"
-        for row in stages
-        if not row.passed
-    ]
+    failures = [row.failure for row in stages if row.failure]
     failures += [line for each in flows for line in each.failures]
     notes = []
     if (real := effective_precision(manifest["precision"])) != manifest["precision"]:
@@ -178,8 +175,8 @@ def report_of(manifest: Mapping, images: GateImages, stages: Sequence[OutputErro
                 "output": row.output,
                 "largest": short(row.largest),
                 "mean": short(row.mean),
-                "at_most": row.at_most,
-                "passed": bool(row.passed),
+                "at_most": dict(zip(("largest", "mean"), at_most(row.stage, row.precision), strict=True)),
+                "passed": not row.failure,
             }
             for row in stages
         ],

@@ -2,8 +2,8 @@
 
 Opset 18: the newest that PyTorch's tracing exporter writes without converting, and one that the parsers of TensorRT
 10.3 (JetPack 6) and of all later ones read. Weights carry the precision (TensorRT 11 is strongly typed and takes it
-from the graph): in f16 the backbone alone is half precision; normalisation, pooling, classifier and both maps stay in
-fp32.
+from the graph): in f16 the backbone alone is half precision, of an EfficientNet without its first blocks;
+normalisation, pooling, classifier and both maps stay in fp32.
 """
 
 import copy
@@ -28,10 +28,13 @@ class HalfBackbone(nn.Module):
     def __init__(self, backbone: nn.Module) -> None:
         super().__init__()
         self.backbone = backbone.half()
+        self.early = nn.ModuleList(early_layers(backbone)).float()
+        if self.early:
+            self.early[-1].register_forward_hook(lambda module, inputs, output: output.half())
 
     def forward_features(self, pixels: Tensor) -> Tensor:
         """Normalised Tensor[B, 3, H, W] to F, Tensor[B, C, h, w], both fp32."""
-        return self.backbone.forward_features(pixels.half()).float()
+        return self.backbone.forward_features(pixels if self.early else pixels.half()).float()
 
 
 class Bracketed(nn.Module):
@@ -41,10 +44,22 @@ class Bracketed(nn.Module):
     def __init__(self, backbone: nn.Module) -> None:
         super().__init__()
         self.backbone = backbone
+        self.early = early_layers(backbone)
+        if self.early:
+            self.early[-1].register_forward_hook(lambda module, inputs, output: output.half().float())
 
     def forward_features(self, pixels: Tensor) -> Tensor:
         """Normalised Tensor[B, 3, H, W] to F, Tensor[B, C, h, w]."""
-        return self.backbone.forward_features(pixels.half().float()).half().float()
+        return self.backbone.forward_features(pixels if self.early else pixels.half().float()).half().float()
+
+
+def early_layers(backbone: nn.Module) -> list[nn.Module]:
+    """The layers at a backbone's start that stay in fp32. EfficientNets begin with depthwise layers, whose sums are too
+    short to average rounding out, and all that follows inherits it: with these in fp32 the probability of 3 % of the
+    phantoms moved by more than 0.02 in the shipped MSFM, of 8 % with everything in fp16."""
+    if not hasattr(backbone, "conv_stem"):
+        return []
+    return [backbone.conv_stem, backbone.bn1, backbone.blocks[0], backbone.blocks[1][0]]
 
 
 def with_half_backbone(module: nn.Module, wrap: type[nn.Module] = HalfBackbone) -> nn.Module:

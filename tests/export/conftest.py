@@ -3,7 +3,7 @@
 import pytest
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="module")
 def one_thread():
     """Several processes test at once: more threads than cores only make them wait for each other."""
     torch = pytest.importorskip("torch")

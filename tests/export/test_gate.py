@@ -89,7 +89,7 @@ def judged(flow, modules, **changed):
     batches = [{name: each[rows] for name, each in whole.items()} for rows in (slice(0, 2), slice(2, 3))]
     engine, errors = Stub(modules, **changed), Errors()
     found = gate._flow_parities(None, {}, flow, engine, batches, GateImages((), (), ""), errors, 1)
-    failed = {(row.stage.name, row.output) for row in errors.rows.values() if not row.passed}
+    failed = {(row.stage.name, row.output) for row in errors.rows.values() if row.failure}
     return found, failed, engine
 
 

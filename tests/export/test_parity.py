@@ -7,7 +7,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("scaphoid.kernels.library")
 
 from scaphoid.export.flow_parity import Parity  # noqa: E402
-from scaphoid.export.format_parity import errors_of  # noqa: E402
+from scaphoid.export.format_parity import OutputError, errors_of  # noqa: E402
 from scaphoid.export.tolerances import EXACT, TOLERANCES, at_most  # noqa: E402
 from scaphoid.trainer.contracts import STAGES  # noqa: E402
 from scaphoid.trainer.data.index import Radiograph  # noqa: E402
@@ -116,6 +116,21 @@ def test_the_error_of_a_map_is_relative_to_its_own_image_and_nan_never_passes():
 
 
 def test_glue_is_exact_whatever_the_encoders_compute_in():
-    assert {at_most(STAGES["key_area_crop"], "key_image", precision) for precision in TOLERANCES} == {EXACT}
-    assert at_most(STAGES["encoder"], "activation", "f32") == 1e-4
-    assert at_most(STAGES["encoder"], "logits", "int8") is None
+    assert {at_most(STAGES["key_area_crop"], precision) for precision in TOLERANCES} == {(EXACT, None)}
+    assert at_most(STAGES["encoder"], "f32") == (1e-4, None)
+    assert at_most(STAGES["encoder"], "int8") == (None, None)
+
+
+def test_one_far_element_passes_in_half_precision_and_a_small_error_everywhere_does_not():
+    def error(precision, found):
+        row = OutputError("onnx", precision, STAGES["encoder"], "activation")
+        row.add(np.ones((1, 10, 10), np.float32), np.float32(found))
+        return row.failure
+
+    far = np.ones((1, 10, 10))
+    far[0, 3, 3] = 1.1
+    assert error("f16", far) == ""
+    assert "differs by 0.1, at most 0.0001" in error("f32", far)
+    assert "differs by 0.006 in the mean, at most 0.0049" in error("f16", np.full((1, 10, 10), 1.006))
+    assert error("bf16", np.full((1, 10, 10), 1.006)) == ""
+    assert "no number" in error("int8", np.full((1, 10, 10), np.nan))
