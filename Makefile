@@ -12,7 +12,7 @@ SOURCES := $(shell find kernels/csrc -type f) kernels/build_ops.py kernels/build
 NATIVE := $(shell find kernels export tests/kernels bench -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 GPU := $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'
 
-.PHONY: help setup demo test quick sanitize test-gpu bench-gpu budget edge lint format weights clean
+.PHONY: help setup demo test quick sanitize test-gpu bench-gpu budget edge sbom lint format weights clean
 .DEFAULT_GOAL := help
 
 help: ## list the commands
@@ -61,10 +61,14 @@ edge: ## the C interface alone, without torch or Python, for edge devices: build
 	$(or $(wildcard $(BIN)/python),$(PYTHON)) kernels/build_ops.py edge --out $(EDGE)
 	cp kernels/csrc/scaphoid_ops.h $(dir $(EDGE))
 
-lint: $(STAMP) ## ruff and clang-format
+lint: $(STAMP) ## ruff, clang-format, hadolint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run -Werror $(NATIVE)
+	$(BIN)/hadolint triton_repo/deploy/Dockerfile
+
+sbom: $(STAMP) ## bill of materials (CycloneDX) and licences of a bundle: make sbom BUNDLE=repository
+	$(BIN)/python -m scaphoid.triton_repo.sbom $(or $(BUNDLE),demo/repository) --out build/sbom
 
 format: $(STAMP) ## let ruff and clang-format rewrite the sources
 	$(BIN)/ruff check --fix .

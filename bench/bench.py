@@ -3,6 +3,11 @@
 scaphoid-bench flow --backbone resnet50 --flow msfm       untrained ResNet-50: eager, engines, Triton, in one run
 scaphoid-bench flow --weights msfm.safetensors            a trained model
 scaphoid-bench server 127.0.0.1:8001 radiographs/*.png    load on a server that already runs
+scaphoid-bench soak --minutes 30                          mixed load: no answer wrong or lost, nothing grows
+scaphoid-bench tail --repository repository               p99 at 70 % of saturation, beside a queueing simulation
+scaphoid-bench triage --repository repository             cost against AUROC when the first stage is asked first
+scaphoid-bench capacity --cores 16                        what a GPU serves on paper, replicas, the next bottleneck
+scaphoid-bench fuzz --repository repository               10,000 damaged images and malformed requests
 scaphoid-bench peaks                                      what this machine reaches at best
 scaphoid-bench ops --device cpu --threads 1 2             every op beside its baseline in torch, NumPy, scikit-image
 scaphoid-bench kernels                                    what the compiler made of the CUDA kernels; needs no GPU
@@ -17,17 +22,22 @@ from typing import Annotated
 
 import tyro
 
+from scaphoid.bench.capacity import Capacity, capacity
 from scaphoid.bench.comparison import RATE_COLUMNS, Comparison, compare, rate_cells, tell
+from scaphoid.bench.fuzz import Fuzz, fuzz
 from scaphoid.bench.kernel_report.report import KernelsBench, bench_kernels
 from scaphoid.bench.kernel_report.sass import ToolMissing
 from scaphoid.bench.ops import Disagreement, OpsBench, bench_ops
 from scaphoid.bench.peaks import machine, peaks
 from scaphoid.bench.report import Report, Table
 from scaphoid.bench.server_load import LoadError, server_load
+from scaphoid.bench.soak import Soak, soak
+from scaphoid.bench.tail import Tail, tail
+from scaphoid.bench.triage import Triage, triage
 from scaphoid.export.artefacts import ManifestError
 from scaphoid.export.export import ExportError
 from scaphoid.triton_repo.client import ServerUnavailable, wanted_outputs
-from scaphoid.triton_repo.server import ServerError
+from scaphoid.triton_repo.supervisor.server import ServerError
 
 
 @dataclass(frozen=True)
@@ -77,6 +87,11 @@ def bench_peaks(_: PeaksBench) -> Report:
 COMMANDS = {
     Comparison: compare,
     ServerBench: bench_server,
+    Soak: soak,
+    Tail: tail,
+    Triage: triage,
+    Capacity: capacity,
+    Fuzz: fuzz,
     PeaksBench: bench_peaks,
     OpsBench: bench_ops,
     KernelsBench: bench_kernels,
@@ -91,6 +106,11 @@ def main() -> None:
     arguments = tyro.cli(
         Annotated[Comparison, tyro.conf.subcommand("flow")]
         | Annotated[ServerBench, tyro.conf.subcommand("server")]
+        | Annotated[Soak, tyro.conf.subcommand("soak")]
+        | Annotated[Tail, tyro.conf.subcommand("tail")]
+        | Annotated[Triage, tyro.conf.subcommand("triage")]
+        | Annotated[Capacity, tyro.conf.subcommand("capacity")]
+        | Annotated[Fuzz, tyro.conf.subcommand("fuzz")]
         | Annotated[PeaksBench, tyro.conf.subcommand("peaks")]
         | Annotated[OpsBench, tyro.conf.subcommand("ops")]
         | Annotated[KernelsBench, tyro.conf.subcommand("kernels")],
@@ -102,6 +122,8 @@ def main() -> None:
         print(report.json() if getattr(arguments, "json", False) else report.markdown())
         if out := getattr(arguments, "out", None):
             tell("report in " + " and ".join(map(str, report.write(out, arguments.name))))
+        if report.missed:
+            sys.exit("scaphoid-bench: missed: " + "; ".join(report.missed))
     except ERRORS as error:
         sys.exit(f"scaphoid-bench: {error}")
     except KeyboardInterrupt:

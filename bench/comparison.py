@@ -22,7 +22,7 @@ from scaphoid.trainer.data.index import read_index
 from scaphoid.trainer.data.phantom.generate import generate
 from scaphoid.triton_repo.assemble import assemble
 from scaphoid.triton_repo.client import wanted_outputs
-from scaphoid.triton_repo.server import running_server
+from scaphoid.triton_repo.supervisor.server import running_server
 
 PHANTOMS = 16  # different images, sent over and over
 PHANTOM_SEED = 448
@@ -244,5 +244,6 @@ def conclusions(measured: Measured, clients: int, here: Machine) -> tuple[str, .
     return tuple(facts)
 
 
-def tell(line: str) -> None:
+def tell(line: str, **_: object) -> None:
+    """Also a server's `report`, whose parts by name are left out."""
     print(f"scaphoid-bench: {line}", file=sys.stderr, flush=True)

@@ -3,7 +3,6 @@
 make demo
 """
 
-import asyncio
 import contextlib
 import json
 import logging
@@ -31,8 +30,8 @@ from scaphoid.trainer.data.phantom.render import twin
 from scaphoid.trainer.data.phantom.study import planned_views
 from scaphoid.triton_repo import predict
 from scaphoid.triton_repo.assemble import assemble
-from scaphoid.triton_repo.client import FlowClient, wanted_outputs
-from scaphoid.triton_repo.server import Server, running_server
+from scaphoid.triton_repo.client import Client
+from scaphoid.triton_repo.supervisor.server import Server, running_server
 
 ROOT = Path(__file__).resolve().parents[1]
 WEIGHTS = ROOT / "trainer" / "weights"
@@ -153,16 +152,13 @@ def measure_latency(server: Server, flow: str, phantoms: Index) -> list[float]:
     """Milliseconds of single requests, one after the other, after a warm-up of three."""
     encoded = [phantoms.path(radiograph).read_bytes() for radiograph in phantoms.radiographs[: LATENCY_REQUESTS + 3]]
 
-    async def ask() -> list[float]:
-        taken = []
-        async with FlowClient(server.grpc_url, flow, wanted_outputs(flow, True)) as client:
-            for image in encoded:
-                started = time.monotonic()
-                await client.predict(image)
-                taken.append(1000 * (time.monotonic() - started))
-        return taken[3:]
-
-    return asyncio.run(ask())
+    taken = []
+    with Client(server.grpc_url, flow) as client:
+        for image in encoded:
+            started = time.monotonic()
+            client.infer(image)
+            taken.append(1000 * (time.monotonic() - started))
+    return taken[3:]
 
 
 def evaluate_flow(flow: str, folder: Path, phantoms: Index, results: dict[str, Path]) -> dict:

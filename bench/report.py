@@ -63,7 +63,7 @@ def shown(cell: Cell) -> str:
 @dataclass(frozen=True)
 class Report:
     """`subject` says what was measured; `facts` what else a reader must know, a line each. A report of what was not
-    measured has no `machine` and no `peaks`."""
+    measured has no `machine` and no `peaks`. `missed` are the bars that were not reached, a line each."""
 
     title: str
     subject: dict[str, Cell]
@@ -71,6 +71,7 @@ class Report:
     machine: Machine | None
     peaks: Peaks | None
     tables: tuple[Table, ...]
+    missed: tuple[str, ...] = ()
 
     @property
     def all_tables(self) -> tuple[Table, ...]:
@@ -82,7 +83,8 @@ class Report:
             f"- {'measured' if self.machine else 'made'} {now()}, commit {commit()}",
             "- " + ", ".join(f"{name} {value}" for name, value in software().items()),
         ]
-        parts = [f"# {self.title}\n", "\n".join([*subject, *(f"- {fact}" for fact in self.facts)]) + "\n"]
+        facts = [f"- {fact}" for fact in (*(f"MISSED: {line}" for line in self.missed), *self.facts)]
+        parts = [f"# {self.title}\n", "\n".join([*subject, *facts]) + "\n"]
         parts += [table.markdown() for table in self.all_tables]
         hardware = machine_lines(self.machine) if self.machine else []
         return "\n".join([*parts, "## Machine and versions\n", "\n".join([*hardware, *made]) + "\n"])
@@ -96,6 +98,7 @@ class Report:
             "versions": software(),
             "subject": self.subject,
             "facts": self.facts,
+            "missed": self.missed,
             "machine": asdict(self.machine) if self.machine else None,
             "tables": {table.title: table.records() for table in self.all_tables},
         }

@@ -14,7 +14,7 @@ import tritonclient.grpc.aio as triton
 
 from scaphoid.bench.timing import Rate
 from scaphoid.trainer.contracts import STAGES
-from scaphoid.triton_repo.client import FlowClient, RequestFailed, RequestRejected
+from scaphoid.triton_repo.client import AsyncClient, ClientError, ServerUnavailable
 
 WARM_UP = 2  # answers for each client before counting begins
 REQUEST_TIMEOUT_S = 120.0
@@ -78,7 +78,9 @@ async def closed_loop(clients: Sequence[Predict], images: Sequence[bytes], reque
             image, sent = next(work), time.perf_counter()
             try:
                 await predict(image)
-            except (RequestFailed, RequestRejected) as error:
+            except ServerUnavailable:
+                raise
+            except ClientError as error:
                 failures.append(str(error))
                 continue
             if not finished():
@@ -99,12 +101,12 @@ async def server_load(
 ) -> Load:
     """A closed loop of `clients` connections on `flow` at `url` (gRPC). Raises ServerUnavailable and LoadError."""
     async with AsyncExitStack() as stack:
-        connections = [FlowClient(url, flow, wanted, timeout_s=REQUEST_TIMEOUT_S) for _ in range(clients)]
-        for connection in connections:
-            await stack.enter_async_context(connection)
-            await connection.connect()
+        connections = [
+            await stack.enter_async_context(AsyncClient(url, flow, outputs=wanted, timeout_s=REQUEST_TIMEOUT_S))
+            for _ in range(clients)
+        ]
         before = await stage_totals(url)
-        load = await closed_loop([connection.predict for connection in connections], images, requests, seconds)
+        load = await closed_loop([connection.infer for connection in connections], images, requests, seconds)
         after = await stage_totals(url)
     spent = {name: totals.since(before.get(name, StageTotals())) for name, totals in after.items()}
     return Load(load.rate, load.failures, {name: totals for name, totals in spent.items() if totals.executions})

@@ -6,7 +6,6 @@ Exits 1 when a tolerance of the engine's precision is missed; every image beyond
 cannot be given eager's suppressed image: msfm_fma is judged by its scores, which need an index.csv for the images.
 """
 
-import asyncio
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,8 +25,8 @@ from scaphoid.export.precision import effective_precision
 from scaphoid.export.runner import eager_stages, load_served
 from scaphoid.export.tolerances import PIXELWISE
 from scaphoid.trainer.flows import FLOWS, Flow
-from scaphoid.triton_repo.client import FlowClient, ServerUnavailable
-from scaphoid.triton_repo.server import ServerError, running_server
+from scaphoid.triton_repo.client import Client, ServerUnavailable
+from scaphoid.triton_repo.supervisor.server import ServerError, running_server
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,9 +38,9 @@ class Arguments(parity.Arguments):
     """Model repository that was assembled from the artefacts."""
 
 
-async def ask(url: str, flow: Flow, encoded: list[bytes]) -> Answers:
-    async with FlowClient(url, flow.name, flow.outputs) as client:
-        rows = [await client.predict(each) for each in encoded]
+def ask(url: str, flow: Flow, encoded: list[bytes]) -> Answers:
+    with Client(url, flow.name) as client:
+        rows = [client.infer(each).tensors for each in encoded]
     return {name: np.stack([row[name] for row in rows]) for name in flow.outputs}
 
 
@@ -56,7 +55,7 @@ def main() -> None:
         model = load_served(arguments.weights)
         expected = answers(flow, eager_stages(model, model.config.image_size), images.encoded)
         with running_server(arguments.repository, [flow.name]) as server:
-            found = asyncio.run(ask(server.grpc_url, flow, images.encoded))
+            found = ask(server.grpc_url, flow, images.encoded)
     except (ManifestError, ServerError, ServerUnavailable, OSError, ValueError) as error:
         sys.exit(f"server_parity: {error}")
     pixelwise = bool(PIXELWISE & set(flow.stages))

@@ -17,6 +17,8 @@ DOCUMENTS = (PARITY, PARITY_REPORT, MODEL_CARD)  # go where the artefacts go
 CONTAINER = {"image": "tritonserver", "release": "26.07"}  # the vendor's; the oldest that GPU repositories may use
 FORMAT = 1
 OPS_LIBRARY = "libscaphoid_ops.so"
+GPU_FILES = "gpu"  # what a repository for a GPU needs beside the ONNX: model.dali, WARMUP/STAGE/TENSOR
+WARMUP = "warmup"  # in a model's folder Triton wants the same name
 PHANTOMS = "phantoms"  # of weights trained on drawn radiographs: the generator's version
 PACKAGES = ("scaphoid", "torch", "timm", "openvino", "nvidia-dali-cuda130", "numpy")
 

@@ -35,6 +35,7 @@ from scaphoid.export.formats import FORMATS, INT8, SERVED, Format, choose, descr
 from scaphoid.export.gate import hold
 from scaphoid.export.gate_images import PHANTOMS as GATE
 from scaphoid.export.gate_images import gate_images
+from scaphoid.export.gpu_files import write_gpu_files
 from scaphoid.export.pipeline_to_dali import pipeline_to_dali
 from scaphoid.export.precision import Precision, effective_precision
 from scaphoid.export.publish import GateError, publish
@@ -95,6 +96,7 @@ def export(
         }
         if FORMATS["onnx"] in also:
             write_device_files(partial, content["stages"])
+            write_gpu_files(partial, content["stages"], trained.image_size)
         report = hold(partial, content, trained.eager, checked_on)
         return publish(partial, out, content, report, accept)
     finally:

@@ -35,6 +35,7 @@ def publish(partial: Path, out: Path, content: dict, report: dict, accept: str =
         )
     parity = {key: report[key] for key in ("passed", "images", "notes", "failures")}
     content = content | {"parity": parity | ({} if report["passed"] else {"accepted": accept})}
+    content |= {"reference": report["reference"]}
     (partial / MODEL_CARD).write_text(model_card(content, report))
     write_manifest(partial, content)
     shutil.rmtree(out, ignore_errors=True)

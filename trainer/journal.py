@@ -58,6 +58,7 @@ class Prediction(Answer):
     reason: str | None = None
     duplicate_of: str | None = None
     sha256: str | None = None
+    request_id: str | None = None  # what the server's logs call it
     verdict: str | None = None
 
     def judged(self, threshold: float) -> "Prediction":

@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from scaphoid.triton_repo.supervisor.request_log import log_refused
+
 Run = Callable[[list[np.ndarray]], dict[str, np.ndarray]]
 NAMED_INDEX = re.compile(r".+__(\d+)$")
 
@@ -32,6 +34,7 @@ def answer_all(requests: Sequence, inputs: Sequence[str], run: Run) -> list:
     responses = []
     for request, part in zip(requests, parts, strict=True):
         if isinstance(part, Exception):
+            log_refused(request, "INTERNAL")
             message = str(part).strip().splitlines()[-1] if str(part).strip() else type(part).__name__
             responses.append(
                 pb_utils.InferenceResponse(error=pb_utils.TritonError(message, pb_utils.TritonError.INTERNAL))

@@ -14,14 +14,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 from PIL import ExifTags, Image
 
 from scaphoid.trainer.data.dicom import is_dicom, read_dicom, to_pgm
-from scaphoid.trainer.data.guard import RejectedImage, check_encoded
+from scaphoid.trainer.data.guard import MAX_BYTES, RejectedImage, check_encoded
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".pgm"})
 DICOM_SUFFIXES = frozenset({".dcm", ".dicom"})
-MAX_FILE_BYTES = 512 * 2**20
 _STUDY_FOLDER = re.compile(r"study\d+(_\w+)?", re.IGNORECASE)
 _PATIENT_FOLDER = re.compile(r"patient\d+", re.IGNORECASE)
 
@@ -100,8 +100,25 @@ def load(source: Source, salt: bytes) -> Loaded:
 
     `salt` keeps the study's pseudonym from being looked up. Raises RejectedImage with the reason.
     """
+    return _guarded(_read(source.path), source, salt)
+
+
+def load_image(image: str | Path | bytes | np.ndarray) -> Loaded:
+    """What `load` gives, for a path, a file's bytes, or grey pixels uint8 [H, W]; of no study. Raises RejectedImage."""
+    if isinstance(image, str | Path):
+        return load(Source(Path(image), ""), b"")
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8 or image.ndim != 2:
+            raise RejectedImage(f"pixels of {image.dtype} {list(image.shape)}: expected uint8 [H, W]")
+        image = to_pgm(image)
+    if not isinstance(image, bytes):
+        raise RejectedImage(f"an image is a path, bytes or uint8 pixels [H, W], got {type(image).__name__}")
+    return _guarded(image, Source(Path(), ""), b"")
+
+
+def _guarded(data: bytes, source: Source, salt: bytes) -> Loaded:
     try:
-        return _load(source, salt)
+        return _checked(data, source, salt)
     except RejectedImage:
         raise
     except (
@@ -110,8 +127,7 @@ def load(source: Source, salt: bytes) -> Loaded:
         raise RejectedImage(f"cannot be read ({type(error).__name__})") from error
 
 
-def _load(source: Source, salt: bytes) -> Loaded:
-    data = _read(source.path)
+def _checked(data: bytes, source: Source, salt: bytes) -> Loaded:
     digest = hashlib.sha256(data).hexdigest()
     if not is_dicom(data) and source.path.suffix.lower() not in DICOM_SUFFIXES:
         header = check_encoded(data)
@@ -181,10 +197,8 @@ def _read(path: Path) -> bytes:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):
             raise RejectedImage("not a file")
-        if status.st_size > MAX_FILE_BYTES:
-            raise RejectedImage(
-                f"{status.st_size / 2**20:.0f} MB, more than the limit of {MAX_FILE_BYTES / 2**20:.0f} MB"
-            )
+        if status.st_size > MAX_BYTES:
+            raise RejectedImage(f"{status.st_size / 2**20:.0f} MB, more than the limit of {MAX_BYTES / 2**20:.0f} MB")
         return path.read_bytes()
     except OSError as error:
         raise RejectedImage(_os_reason(error)) from error
@@ -216,5 +230,5 @@ def _is_turned(data: bytes) -> bool:
     try:
         with Image.open(io.BytesIO(data)) as image:
             return image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
-    except (OSError, ValueError, SyntaxError):
+    except Exception:  # damaged EXIF: Pillow raises whatever that leads to, and the orientation is unknown
         return False

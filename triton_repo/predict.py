@@ -33,12 +33,13 @@ from rich.table import Table
 from scaphoid.trainer.data.index import Radiograph, read_index
 from scaphoid.trainer.flows import FLOWS
 from scaphoid.trainer.journal import JOURNAL, Journal, Prediction
-from scaphoid.triton_repo.client import FlowClient, ServerUnavailable, wanted_outputs
+from scaphoid.triton_repo.client import AsyncClient, ServerUnavailable, Tls
 from scaphoid.triton_repo.inputs import Collection, collect
 from scaphoid.triton_repo.prediction_run import PredictionRun
 from scaphoid.triton_repo.report.outcome import Outcome
 from scaphoid.triton_repo.report.overlays import write_overlay
 from scaphoid.triton_repo.report.report import write_report
+from scaphoid.triton_repo.requests.protocols import ADDRESS
 from scaphoid.triton_repo.results import studies_of, write_csv, write_studies
 
 Flag = tyro.conf.FlagCreatePairsOff[bool]
@@ -59,7 +60,12 @@ class Options:
     out: Path = Path("predictions")
     """Folder for the results; made when absent."""
     url: str = "127.0.0.1:8001"
-    """host:port of the server's gRPC endpoint."""
+    """host:port of the server's gRPC endpoint, or http://host:port; several with commas between: the healthy ones."""
+    tls_ca: Annotated[Path | None, tyro.conf.arg(metavar="PEM")] = None
+    """Speak TLS, with a server whose certificate this authority signed."""
+    tls_certificate: Annotated[Path | None, tyro.conf.arg(metavar="PEM")] = None
+    tls_key: Annotated[Path | None, tyro.conf.arg(metavar="PEM")] = None
+    """With --tls-ca: the client's own certificate and its key, for a server that asks for them."""
     flow: Literal[tuple(FLOWS)] = "msfm"  # type: ignore[valid-type]
     """msfm: MSFM; msfm_fma: MSFM after suppressing bright artefacts; kalm: KALM."""
     parts: bool = True
@@ -149,7 +155,6 @@ def _predict(options: Options, console: Console) -> int:
 
 async def _run(options: Options, collection: Collection, console: Console) -> PredictionRun:
     """Predict the whole collection, with a line for each input that was not predicted, and a bar."""
-    outputs = wanted_outputs(options.flow, options.parts)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     progress = Progress(*columns, console=console)
     task = progress.add_task("predicting", total=len(collection.sources) + len(collection.rejections))
@@ -161,13 +166,21 @@ async def _run(options: Options, collection: Collection, console: Console) -> Pr
                 f"[yellow]{prediction.status}[/] {_shown(f'{prediction.image}: {prediction.reason}')}", soft_wrap=True
             )
 
-    async with FlowClient(options.url, options.flow, outputs, options.model_version, options.timeout_s) as client:
-        await client.connect()
+    client = AsyncClient(
+        options.url.split(","),
+        options.flow,
+        parts=options.parts,
+        version=options.model_version,
+        timeout_s=options.timeout_s,
+        in_flight=options.concurrency,
+        tls=_tls(options),
+    )
+    async with client:
         with _journal(options) as journal, progress:
             run = PredictionRun(
                 client,
                 journal,
-                parts="parts_probability" in outputs,
+                parts="parts_probability" in client.outputs,
                 threshold=options.threshold,
                 concurrency=options.concurrency,
                 salt=_salt(options.out),
@@ -180,6 +193,12 @@ async def _run(options: Options, collection: Collection, console: Console) -> Pr
         files = "1 file" if skipped == 1 else f"{skipped} files"
         console.print(f"[dim]skipped {files} in the folders, no images: {_shown(kinds)}[/]", soft_wrap=True)
     return run
+
+
+def _tls(options: Options) -> Tls | None:
+    if options.tls_ca is None:
+        return None
+    return Tls(options.tls_ca, options.tls_certificate, options.tls_key)
 
 
 def _journal(options: Options) -> Journal:
@@ -229,8 +248,14 @@ def _check(options: Options, paths: Sequence[Path]) -> None:
         raise UsageError(f"--timeout-s: expected more than 0 seconds, got {options.timeout_s}")
     if not options.unstable_margin >= 0:
         raise UsageError(f"--unstable-margin: expected 0 or more, got {options.unstable_margin}")
-    if not re.fullmatch(r".+:\d+", options.url):
-        raise UsageError(f"--url: expected HOST:PORT of the server's gRPC endpoint, got {options.url!r}")
+    for url in options.url.split(","):
+        if not ADDRESS.fullmatch(url):
+            raise UsageError(f"--url: expected HOST:PORT of the server's gRPC endpoint, got {url!r}")
+    for pem in (options.tls_ca, options.tls_certificate, options.tls_key):
+        if pem is not None and (options.tls_ca is None or not pem.is_file()):
+            raise UsageError(f"--tls-ca, --tls-certificate and --tls-key are files, --tls-ca one of them; got {pem}")
+    if (options.tls_certificate is None) != (options.tls_key is None):
+        raise UsageError("--tls-certificate and --tls-key go together")
     if not re.fullmatch(r"\d*", options.model_version):
         raise UsageError(f"--model-version: expected a number, got {options.model_version!r}")
     if taken := [path for path in (options.out, *options.out.parents) if path.exists() and not path.is_dir()]:

@@ -1,7 +1,7 @@
 """Carries many radiographs through one flow: bounded requests in flight, lines written as they come, resumable.
 
-One reader loads, checks and hashes the files in order, a few ahead; `concurrency` workers send them. An image whose
-request failed is tried once more at the end, alone, so that no batch-mate can take it along. One bad image is one line.
+One reader loads, checks and hashes the files in order, a few ahead; `concurrency` workers send them through the client,
+which tries again what may succeed. One bad image is one line.
 """
 
 import asyncio
@@ -13,7 +13,7 @@ from typing import Any
 
 from scaphoid.trainer.data.guard import RejectedImage
 from scaphoid.trainer.journal import Journal, Prediction, answered
-from scaphoid.triton_repo.client import FlowClient, RequestFailed, RequestRejected, ServerUnavailable
+from scaphoid.triton_repo.client import AsyncClient, ClientError, RequestRejected, ServerUnavailable
 from scaphoid.triton_repo.inputs import Loaded, Rejection, Source, load
 
 
@@ -22,7 +22,7 @@ class PredictionRun:
     """The state of one run. `finished` is called with every prediction, rejections and those of an earlier run
     included; `predictions` holds them by image."""
 
-    client: FlowClient
+    client: AsyncClient
     journal: Journal
     parts: bool
     threshold: float
@@ -31,7 +31,6 @@ class PredictionRun:
     finished: Callable[[Prediction], None]
     predictions: dict[str, Prediction] = field(default_factory=dict)
     _first_with: dict[str, Source] = field(default_factory=dict)  # content hash -> the first source that has it
-    _again: list[tuple[Source, RequestFailed]] = field(default_factory=list)
 
     def reject(self, rejections: Iterable[Rejection]) -> None:
         """Record inputs that were rejected before anything was read."""
@@ -58,8 +57,6 @@ class PredictionRun:
                     await ready.put(None)
         except* (ServerUnavailable, OSError) as group:  # OSError: the journal cannot be written
             raise group.exceptions[0] from None
-        for source, error in self._again:
-            await self._try_alone(source, error)
 
     async def _load_all(self, sources: Sequence[Source]) -> AsyncGenerator[tuple[Source, Loaded], None]:
         """The sources that still need a request, in order, read a few ahead of their turn on other threads."""
@@ -97,49 +94,32 @@ class PredictionRun:
 
     async def _send_all(self, ready: "asyncio.Queue[tuple[Source, Loaded] | None]") -> None:
         while (item := await ready.get()) is not None:
-            source, loaded = item
-            try:
-                await self._send(source, loaded)
-            except RequestFailed as error:
-                self._again.append((source, error))
+            await self._send(*item)
 
     async def _send(self, source: Source, loaded: Loaded) -> None:
         try:
-            outputs = await self.client.predict(loaded.encoded)
-        except RequestRejected as error:
-            self._finish(self._record(source.path, loaded, "rejected", str(error)))
+            outputs = await self.client.infer(loaded.encoded)
+            answer = answered(outputs.tensors)
+        except ServerUnavailable:
+            raise
+        except (ClientError, ValueError) as error:  # ValueError: an answer that is not finite
+            status = "rejected" if isinstance(error, RequestRejected) else "failed"
+            reason = f"the server {error}" if isinstance(error, ValueError) else str(error)
+            request_id = getattr(error, "request_id", None)
+            self._finish(self._record(source.path, loaded, status, reason, request_id=request_id))
         else:
-            try:
-                answer = answered(outputs)
-            except ValueError as error:
-                raise RequestFailed(f"the server {error}") from None
-            self._finish(self._record(source.path, loaded, "ok", None, **answer).judged(self.threshold))
-
-    async def _try_alone(self, source: Source, first: RequestFailed) -> None:
-        try:
-            loaded = await asyncio.to_thread(load, source, self.salt)
-        except RejectedImage as error:
-            self._finish(self._record(source.path, source.study, "rejected", str(error)))
-            return
-        try:
-            await self._send(source, loaded)
-        except RequestFailed as error:
-            reason = (
-                f"{error} (tried twice, the second time alone)"
-                if str(error) == str(first)
-                else f"{first}; then {error}"
-            )
-            self._finish(self._record(source.path, loaded, "failed", reason))
+            known = {"request_id": outputs.request_id, "model_version": outputs.version, **answer}
+            self._finish(self._record(source.path, loaded, "ok", None, **known).judged(self.threshold))
 
     def _record(self, path: object, about: Loaded | str, status: str, reason: str | None, **known: Any) -> Prediction:
         """A line about `path`; `about` is what was loaded, or only the study where loading did not get that far."""
         if isinstance(about, Loaded):
             known |= {"sha256": about.sha256, "width": about.width, "height": about.height}
+        known.setdefault("model_version", self.client.version)
         return Prediction(
             image=str(path),
             study=about.study if isinstance(about, Loaded) else about,
             flow=self.client.flow,
-            model_version=self.client.version,
             parts=self.parts,
             status=status,
             threshold=self.threshold,

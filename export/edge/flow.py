@@ -22,12 +22,11 @@ from scaphoid.export.edge.decode import decode
 from scaphoid.export.edge.ops import OpError, Ops, load_library
 from scaphoid.export.edge.plan import Engine, HostPlan, decoded_tensors
 from scaphoid.trainer.contracts import STAGES
-from scaphoid.trainer.data.guard import RejectedImage
+from scaphoid.trainer.data.guard import MAX_BYTES, RejectedImage
 from scaphoid.trainer.flows import FLOWS
 from scaphoid.trainer.journal import Answer, answered
 
 BATCH = 8  # images that go through the engines together
-MAX_FILE_BYTES = 512 * 2**20
 
 Image = str | os.PathLike | bytes
 
@@ -129,8 +128,8 @@ def _loaded(image: Image, size: int) -> tuple[np.ndarray, tuple[int, int]] | str
         if _is_bytes(image):
             return decode(bytes(image), size)
         path = Path(image)
-        if path.stat().st_size > MAX_FILE_BYTES:
-            raise RejectedImage(f"more than {MAX_FILE_BYTES >> 20} MB")
+        if path.stat().st_size > MAX_BYTES:
+            raise RejectedImage(f"more than {MAX_BYTES >> 20} MB")
         return decode(path.read_bytes(), size)
     except RejectedImage as error:
         return error.reason

@@ -1,6 +1,7 @@
 """DICOM radiographs as a reader sees them, and every kind that is refused; nothing but pixels comes out."""
 
 import io
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pydicom
@@ -269,3 +270,22 @@ def test_nothing_leaves_but_pixels_and_a_pseudonym():
     assert one.study not in generate_uid(entropy_srcs=["study"])
     assert read_dicom(dicom(StudyInstanceUID=None), SALT).study is None
     assert b"Doe" not in to_pgm(one.pixels)
+
+
+def test_a_damaged_element_is_a_reason_that_quotes_nothing():
+    """pydicom reads an element when it is asked for: this one has a value representation that does not exist."""
+    data = dicom()
+    place = data.index(b"\x28\x00\x04\x00CS")
+    with pytest.raises(RejectedImage, match=r"^damaged: an element of the DICOM file cannot be read$"):
+        read_dicom(data[: place + 4] + b"Q!" + data[place + 6 :], b"salt")
+
+
+def test_threads_do_not_let_each_others_warnings_out(recwarn, caplog):
+    """pydicom warns of the value that it cannot make sense of, and what silences it is the whole process's."""
+    data = dicom()
+    place = data.index(b"\x20\x00\x0d\x00UI")  # StudyInstanceUID
+    data = data[: place + 8] + b"Doe^Jane" + data[place + 16 :]
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda _: read_dicom(data, b"salt"), range(200)))
+    assert not recwarn.list
+    assert "Doe" not in caplog.text

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from scaphoid.trainer.data import guard
 from scaphoid.trainer.data.guard import MAX_PIXELS, RejectedImage, check_decoded, check_encoded
 
 GREY = np.add.outer(np.arange(47) * 3, np.arange(61) * 2).astype(np.uint8)
@@ -185,3 +186,21 @@ def test_damage_passes_or_is_rejected_but_never_raises_anything_else(name, data)
         check_encoded(bytes(damaged))
     except RejectedImage as rejected:
         assert "\n" not in rejected.reason  # noqa: PT017
+
+
+def test_a_file_beyond_the_byte_cap_is_not_looked_at(monkeypatch):
+    monkeypatch.setattr(guard, "MAX_BYTES", len(GOOD["png"]) - 1)
+    with pytest.raises(RejectedImage, match=r"more than the limit of"):
+        check_encoded(GOOD["png"])
+    monkeypatch.setattr(guard, "MAX_BYTES", len(GOOD["png"]))
+    check_encoded(GOOD["png"])
+
+
+def test_no_message_quotes_a_files_numbers_at_length():
+    """A TIFF that gives each of its many channels another depth."""
+    depths = struct.pack("<300H", *range(300))
+    tags = [(256, 4, 1, 61), (257, 4, 1, 47), (258, 3, 300, 8 + 2 + 12 * 4 + 4), (262, 3, 1, 1)]
+    directory = struct.pack("<H", 4) + b"".join(struct.pack("<HHII", *tag) for tag in tags) + bytes(4)
+    with pytest.raises(RejectedImage, match="300 different depths") as caught:
+        check_encoded(b"II*\0" + struct.pack("<I", 8) + directory + depths)
+    assert len(str(caught.value)) < 150

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
+from scaphoid.trainer.data import pipeline
 from scaphoid.trainer.data.guard import RejectedImage
 from scaphoid.trainer.data.pipeline import (
     BATCH,
@@ -144,6 +145,14 @@ def test_bad_images_leave_their_neighbours_alone():
             assert isinstance(answers[index], Decoded)
             np.testing.assert_array_equal(answers[index].image, reference.image)
             assert answers[index].original_size.tolist() == [47, 61]
+
+
+def test_what_the_guard_itself_trips_over_fails_alone(monkeypatch):
+    def trip(data):
+        raise ZeroDivisionError(bytes(data))
+
+    monkeypatch.setattr(pipeline, "check_encoded", trip)
+    assert pipeline._check(b"Doe^Jane").reason == "cannot be read (ZeroDivisionError)"
 
 
 def test_answers_outlive_the_next_run():

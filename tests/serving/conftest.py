@@ -6,15 +6,19 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import grpc
 import numpy as np
 import pytest
+import tritonclient.grpc
 from PIL import Image
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 from tritonclient.grpc.model_config_pb2 import ModelConfig, ModelParameter
+from tritonclient.utils import InferenceServerException
 
 from scaphoid.trainer.flows import FLOWS
+from scaphoid.triton_repo.supervisor.canary import IMAGE as CANARY
 
 DIMS = {"box": (4,), "main_box": (4,), "window_boxes": (7, 4), "window_scores": (7,)}
 
@@ -57,17 +61,19 @@ class FakeServer(service_pb2_grpc.GRPCInferenceServiceServicer):
     sent: list[bytes] = field(default_factory=list)
     asked: list[tuple[str, ...]] = field(default_factory=list)
     asked_version: list[str] = field(default_factory=list)
+    ids: list[str] = field(default_factory=list)
     alone: list[bool] = field(default_factory=list)
+    canary_fails: bool = False
     most_in_flight: int = 0
     url: str = ""
 
     def __post_init__(self) -> None:
         self._lock, self._in_flight = threading.Lock(), 0
 
-    def start(self) -> None:
+    def start(self, port: int = 0) -> None:
         self.grpc = grpc.server(ThreadPoolExecutor(32), options=[("grpc.max_receive_message_length", -1)])
         service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(self, self.grpc)
-        self.url = f"127.0.0.1:{self.grpc.add_insecure_port('127.0.0.1:0')}"
+        self.url = f"127.0.0.1:{self.grpc.add_insecure_port(f'127.0.0.1:{port}')}"
         self.grpc.start()
 
     def stop(self) -> None:
@@ -96,12 +102,18 @@ class FakeServer(service_pb2_grpc.GRPCInferenceServiceServicer):
     def ModelInfer(self, request, context):
         encoded = request.raw_input_contents[0]
         names = tuple(output.name for output in request.outputs)
+        version = request.model_version or max(self.versions, key=int)
+        if encoded == CANARY:
+            if self.canary_fails:
+                context.abort(grpc.StatusCode.INTERNAL, "no flow answers")
+            return answer(request, version, names)
         with self._lock:
             self._in_flight += 1
             self.most_in_flight = max(self.most_in_flight, self._in_flight)
             self.sent.append(encoded)
             self.asked.append(names)
             self.asked_version.append(request.model_version)
+            self.ids.append(request.id)
             self.alone.append(self._in_flight == 1)
             attempt = self.sent.count(encoded)
         try:
@@ -112,12 +124,16 @@ class FakeServer(service_pb2_grpc.GRPCInferenceServiceServicer):
         finally:
             with self._lock:
                 self._in_flight -= 1
-        response = service_pb2.ModelInferResponse(model_name=request.model_name, model_version=request.model_version)
-        for name in names:
-            value = answer_for(encoded, name)
-            response.outputs.add(name=name, datatype="FP32", shape=[1, *value.shape])
-            response.raw_output_contents.append(value.tobytes())
-        return response
+        return answer(request, version, names)
+
+
+def answer(request: service_pb2.ModelInferRequest, version: str, names: tuple[str, ...]):
+    response = service_pb2.ModelInferResponse(model_name=request.model_name, model_version=version, id=request.id)
+    for name in names:
+        value = answer_for(request.raw_input_contents[0], name)
+        response.outputs.add(name=name, datatype="FP32", shape=[1, *value.shape])
+        response.raw_output_contents.append(value.tobytes())
+    return response
 
 
 @pytest.fixture
@@ -166,3 +182,73 @@ def refusal() -> Callable[..., Callable[[bytes, int], None]]:
         return behave
 
     return make
+
+
+@pytest.fixture(scope="session")
+def tiny_kalm(tmp_path_factory) -> list[Path]:
+    """Artefacts of two tiny untrained KALM models, which differ in their weights alone."""
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("scaphoid.kernels.library")
+    from scaphoid.export.export import export
+    from scaphoid.trainer.checkpoint import save_model
+    from scaphoid.trainer.models.kalm import Kalm, KalmConfig
+
+    folder, threads = tmp_path_factory.mktemp("tiny_kalm"), torch.get_num_threads()
+    torch.set_num_threads(1)
+    for seed in (7, 8):
+        torch.manual_seed(seed)
+        weights = folder / f"{seed}.safetensors"
+        save_model(weights, Kalm(KalmConfig("test_resnet", image_size=224, key_size=112)))
+        export([weights], folder / f"artefacts{seed}", images=2)
+    torch.set_num_threads(threads)
+    return [folder / "artefacts7", folder / "artefacts8"]
+
+
+@dataclass
+class Load:
+    """Requests that four threads send to a real server, one after the other, with the bytes `encoded`. `answers` are
+    (when sent, seconds, model version, probability), `failures` (when sent, seconds, message)."""
+
+    url: str
+    flow: str
+    encoded: bytes
+    deadline_s: float = 60.0
+    answers: list[tuple[float, float, str, float]] = field(default_factory=list)
+    failures: list[tuple[float, float, str]] = field(default_factory=list)
+    threads: int = 4
+
+    def __enter__(self) -> "Load":
+        self._stop = threading.Event()
+        self._pool = [threading.Thread(target=self._run) for _ in range(self.threads)]
+        for thread in self._pool:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        for thread in self._pool:
+            thread.join(self.deadline_s + 30)
+        assert not any(thread.is_alive() for thread in self._pool)
+
+    def _run(self) -> None:
+        given = tritonclient.grpc.InferInput("encoded", [1, len(self.encoded)], "UINT8")
+        given.set_data_from_numpy(np.frombuffer(self.encoded, np.uint8)[None])
+        wanted = [tritonclient.grpc.InferRequestedOutput("probability")]
+        with tritonclient.grpc.InferenceServerClient(self.url) as client:
+            while not self._stop.is_set():
+                sent = time.monotonic()
+                try:
+                    result = client.infer(self.flow, [given], outputs=wanted, client_timeout=self.deadline_s)
+                except InferenceServerException as error:
+                    self.failures.append((sent, time.monotonic() - sent, str(error)))
+                    time.sleep(0.05)
+                else:
+                    probability = float(result.as_numpy("probability").item())
+                    version = result.get_response().model_version
+                    self.answers.append((sent, time.monotonic() - sent, version, probability))
+                    time.sleep(0.02)  # the machine has other work: starting what was killed
+
+
+@pytest.fixture(scope="session")
+def load() -> type[Load]:
+    return Load

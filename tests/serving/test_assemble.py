@@ -1,16 +1,38 @@
 import json
+import math
 import shutil
+import sys
+from types import SimpleNamespace
 
 import pytest
 
-from scaphoid.export.artefacts import DOCUMENTS, MANIFEST, OPS_LIBRARY, ManifestError, verify, write_manifest
+from scaphoid.export.artefacts import (
+    DOCUMENTS,
+    GPU_FILES,
+    MANIFEST,
+    OPS_LIBRARY,
+    WARMUP,
+    ManifestError,
+    verify,
+    write_manifest,
+)
+from scaphoid.export.tensorrt_engines import build_engines
+from scaphoid.export.tensorrt_engines.build_engines import build_all, make_jobs, onnx_file
+from scaphoid.export.tensorrt_engines.load_engines import EngineError
 from scaphoid.trainer.contracts import STAGES
 from scaphoid.trainer.flows import FLOWS
-from scaphoid.triton_repo.assemble import CONFIGS, assemble
+from scaphoid.triton_repo.assemble import CONFIGS, Engines, assemble, main
 from scaphoid.triton_repo.configs import ACCEPTED, CONFIG, TRAINED_ON_PHANTOMS, WEIGHTS, ConfigError, check, read
+from scaphoid.triton_repo.memory import BOUNDED, SERVER_FLAGS
+from scaphoid.triton_repo.rules import check_assembled
+from scaphoid.triton_repo.supervisor.api import ServerError
+from scaphoid.triton_repo.supervisor.installation import installation
 
 SIZES = {"height": 230, "width": 230, "map_height": 8, "map_width": 9, "part_height": 115, "part_width": 115}
 SIZES |= {"key_height": 115, "key_width": 115, "bytes": 33}
+BYTES = {"UINT8": 1, "INT32": 4, "FP32": 4}
+TENSORRT = SimpleNamespace(__name__="tensorrt", __version__="10.13.0")
+GPU = "a GPU, compute capability 9.0"
 
 
 def describe(tensors):
@@ -30,6 +52,34 @@ def make_artefacts(folder, flows=("msfm", "msfm_fma", "kalm"), precision="f32", 
     origins = origins or [{"file": "w.safetensors", "sha256": weights, "flows": list(flows)}]
     write_manifest(folder, content | {"weights": origins})
     return folder
+
+
+def add_gpu_files(folder):
+    """What an export with --formats onnx adds."""
+    content = {key: value for key, value in verify(folder).items() if key != "files"}
+    (folder / "onnx").mkdir()
+    (folder / GPU_FILES).mkdir()
+    (folder / GPU_FILES / "model.dali").write_text("the pipeline of a GPU")
+    for name, stage in content["stages"].items():
+        if stage["kind"] == "encoder":
+            (folder / onnx_file(name, "f16")).write_text(f"ONNX of {name}")
+        for tensor in stage["inputs"]:
+            path = folder / GPU_FILES / WARMUP / name / tensor["name"]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(bytes(math.prod(tensor["dims"]) * BYTES[tensor["dtype"]]))
+    write_manifest(folder, content)
+    return folder
+
+
+def build(artefacts, folder, trt=TENSORRT, gpu=GPU):
+    """Words for engines, with the manifest that building leaves."""
+    assert build_all(make_jobs(artefacts, "f16", trt, gpu), folder, lambda job, _, plan, __: plan.write_text(job.stage))
+    return Engines(folder, trt, gpu)
+
+
+@pytest.fixture
+def gpu_artefacts(tmp_path):
+    return add_gpu_files(make_artefacts(tmp_path / "artefacts"))
 
 
 @pytest.fixture
@@ -158,10 +208,124 @@ def test_no_manifest_and_another_format(artefacts, tmp_path):
 
 def test_permuted_outputs_are_refused(artefacts, tmp_path):
     configs = tmp_path / "configs"
-    shutil.copytree(CONFIGS, configs)
+    shutil.copytree(CONFIGS["cpu"], configs)
     path = configs / "parts_result" / CONFIG
     text = path.read_text()
     swapped = text.replace('"parts_probability"', '"x"').replace('"probability_with_parts"', '"parts_probability"')
     path.write_text(swapped.replace('"x"', '"probability_with_parts"'))
     with pytest.raises(ConfigError, match="output names, in order"):
-        assemble(artefacts, tmp_path / "repository", configs)
+        assemble(artefacts, tmp_path / "repository", configs=configs)
+
+
+def test_a_rule_that_is_broken_is_found_before_a_repository_is_replaced(artefacts, tmp_path):
+    assemble(artefacts, tmp_path / "repository")
+    configs = tmp_path / "configs"
+    shutil.copytree(CONFIGS["cpu"], configs)
+    path = configs / "encoder" / CONFIG
+    path.write_text(path.read_text().replace("count: 1", "count: 1, kind: KIND_GPU"))
+    with pytest.raises(ConfigError, match="kind of an instance_group"):
+        assemble(artefacts, tmp_path / "repository", configs=configs)
+    verify(tmp_path / "repository")
+
+
+def test_a_repository_for_a_gpu(gpu_artefacts, tmp_path):
+    repository = tmp_path / "repository"
+    assemble(gpu_artefacts, repository, build(gpu_artefacts, tmp_path / "engines"))
+    manifest = verify(repository)
+    assert (manifest["target"], manifest["gpu"], manifest["tensorrt"]) == ("gpu", GPU, "10.13.0")
+    for name, stage in STAGES.items():
+        (file,) = (repository / name / "1").iterdir()
+        expected = {"preprocess": ("model.dali", "the pipeline of a GPU"), "encoder": ("model.plan", name)}
+        assert (file.name, file.read_text()) == expected.get(stage.kind, ("model.bin", f"engine of {name}"))
+    encoder = check(repository / "encoder" / CONFIG, "gpu")
+    assert {tuple(spec.input["image"].dim) for spec in encoder.optimization.cuda.graph_spec} == {(1, 230, 230)}
+    assert {tuple(warmup.inputs["image"].dims) for warmup in encoder.model_warmup} == {(1, 230, 230)}
+    preprocess = check(repository / "preprocess" / CONFIG, "gpu")
+    assert list(preprocess.model_warmup[0].inputs["encoded"].dims) == [33]
+    for flow in FLOWS:
+        bounded = read(repository / flow / BOUNDED)
+        limit = bounded.ensemble_scheduling.max_inflight_requests
+        assert limit > 32 + 32  # both queues of the first step, so that a thread never waits for it
+        bounded.ensemble_scheduling.ClearField("max_inflight_requests")
+        assert bounded == read(repository / flow / CONFIG)
+    assert "--cuda-memory-pool-byte-size=0:" in (repository / SERVER_FLAGS).read_text()
+
+
+def test_the_wheel_serves_no_repository_for_a_gpu(gpu_artefacts, tmp_path):
+    assemble(gpu_artefacts, tmp_path / "repository", build(gpu_artefacts, tmp_path / "engines"))
+    with pytest.raises(ServerError, match="is for a GPU: serve it in the vendor's container"):
+        installation(tmp_path / "repository", tmp_path)
+
+
+def test_engines_of_another_gpu_are_refused_with_the_command_that_builds_them(gpu_artefacts, tmp_path):
+    build(gpu_artefacts, tmp_path / "engines", gpu="another GPU")
+    engines = Engines(tmp_path / "engines", TENSORRT, GPU)
+    with pytest.raises(EngineError, match="built for another GPU") as error:
+        assemble(gpu_artefacts, tmp_path / "repository", engines)
+    command = f"-m {build_engines.__name__} {gpu_artefacts} {tmp_path / 'engines'} --precision f16"
+    assert str(error.value).endswith(command)
+    assert not list(tmp_path.glob("repository*"))
+
+
+def test_engines_by_another_tensorrt_of_other_onnx_or_changed_are_refused(gpu_artefacts, tmp_path):
+    older = SimpleNamespace(__name__="tensorrt", __version__="10.9.0")
+    build(gpu_artefacts, tmp_path / "older", older)
+    with pytest.raises(EngineError, match=r"another TensorRT: tensorrt 10\.9\.0, here it is tensorrt 10\.13\.0"):
+        assemble(gpu_artefacts, tmp_path / "repository", Engines(tmp_path / "older", TENSORRT, GPU))
+    engines = build(gpu_artefacts, tmp_path / "engines")
+    next(engines.folder.glob("encoder-*.plan")).write_text("fma_encoder")
+    with pytest.raises(EngineError, match="changed since it was built"):
+        assemble(gpu_artefacts, tmp_path / "repository", engines)
+    engines = build(gpu_artefacts, tmp_path / "engines")
+    (gpu_artefacts / onnx_file("kalm", "f16")).unlink(missing_ok=True)
+    (gpu_artefacts / onnx_file("encoder", "f16")).write_text("ONNX of retrained weights")
+    content = json.loads((gpu_artefacts / MANIFEST).read_text())
+    write_manifest(gpu_artefacts, {key: value for key, value in content.items() if key != "files"})
+    with pytest.raises(EngineError, match="other ONNX"):
+        assemble(gpu_artefacts, tmp_path / "repository", engines)
+
+
+def test_artefacts_without_what_a_gpu_needs_say_how_to_export_them(artefacts, tmp_path):
+    (tmp_path / "engines").mkdir()
+    with pytest.raises((ManifestError, EngineError), match="export it with --formats onnx"):
+        assemble(artefacts, tmp_path / "repository", Engines(tmp_path / "engines", TENSORRT, GPU))
+
+
+def test_what_was_changed_after_assembling_is_found(gpu_artefacts, tmp_path):
+    repository = tmp_path / "repository"
+    content = assemble(gpu_artefacts, repository, build(gpu_artefacts, tmp_path / "engines"))
+    check_assembled(repository, content)
+
+    def changed(name, told, change):
+        path = repository / name
+        original = path.read_bytes()
+        change(path)
+        with pytest.raises(ConfigError, match=told):
+            check_assembled(repository, content)
+        path.write_bytes(original)
+
+    flags = r"flags: expected \['--model-config-name=bounded', '--cuda-memory-pool-byte-size=0:\d+'\], got \[\]"
+    changed(SERVER_FLAGS, flags, lambda path: path.write_text(""))
+    changed(
+        f"kalm/{BOUNDED}",
+        "max_inflight_requests",
+        lambda path: path.write_text(path.read_text() + 'metric_tags { key: "a", value: "b" }'),
+    )
+    changed("encoder/warmup/image", "bytes of image: expected 52900, got 3", lambda path: path.write_text("abc"))
+    changed("result/warmup/part_boxes", "it is missing", lambda path: path.unlink())
+    open_dims = lambda path: path.write_text(path.read_text().replace("dims: 8", "dims: -1"))  # noqa: E731
+    changed(f"suppress/{CONFIG}", "suppress", open_dims)
+    check_assembled(repository, content)
+
+
+def test_the_command_wants_engines_for_a_gpu_and_a_gpu_for_engines(monkeypatch, gpu_artefacts, tmp_path):
+    arguments = ["assemble", str(gpu_artefacts), str(tmp_path / "repository"), "--target", "gpu"]
+    monkeypatch.setattr(sys, "argv", arguments)
+    with pytest.raises(SystemExit, match="--target gpu and --engines DIR go together"):
+        main()
+    monkeypatch.setattr(sys, "argv", [*arguments, "--engines", str(tmp_path)])
+    with pytest.raises(SystemExit, match=r"assemble: no (Python package tensorrt|NVIDIA driver)"):
+        main()
+    monkeypatch.setattr(sys, "argv", arguments[:3])
+    main()
+    assert verify(tmp_path / "repository")["target"] == "cpu"

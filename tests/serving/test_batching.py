@@ -1,3 +1,4 @@
+import json
 import sys
 import types
 from dataclasses import dataclass, field
@@ -43,6 +44,9 @@ class Request:
     def requested_output_names(self):
         return self.wanted
 
+    def request_id(self):
+        return "3f2a"
+
 
 @dataclass
 class Response:
@@ -60,13 +64,16 @@ class Error(Exception):
 
 @pytest.fixture
 def triton(monkeypatch):
+    logged = []
     module = types.SimpleNamespace(
         get_input_tensor_by_name=lambda request, name: types.SimpleNamespace(as_numpy=lambda: getattr(request, name)),
         InferenceResponse=lambda tensors=(), error=None: Response(list(tensors), error),
         Tensor=lambda name, array: (name, array),
         TritonError=Error,
+        Logger=types.SimpleNamespace(log_warn=logged.append),
     )
     monkeypatch.setitem(sys.modules, "triton_python_backend_utils", module)
+    return logged
 
 
 def test_a_bad_request_does_not_take_its_neighbours(triton):
@@ -81,6 +88,9 @@ def test_a_bad_request_does_not_take_its_neighbours(triton):
     assert also_good.tensors[0][1].tolist() == [[6, 6]]
     assert "negative pixel" in str(bad.error)
     assert bad.error.code == Error.INTERNAL  # the client tries again: the image may be sound
+    (logged,) = triton
+    event = json.loads(logged.removeprefix("scaphoid-request "))
+    assert (event["request_id"], event["status"]) == ("3f2a", "INTERNAL")
 
 
 def test_only_requested_outputs_are_sent(triton):

@@ -2,51 +2,35 @@ import shutil
 
 import pytest
 from google.protobuf import text_format
-from tritonclient.grpc.model_config_pb2 import ModelInstanceGroup
 
 from scaphoid.trainer.contracts import STAGES
 from scaphoid.trainer.flows import FLOWS
 from scaphoid.triton_repo.assemble import CONFIGS
-from scaphoid.triton_repo.configs import CONFIG, ConfigError, check, read
+from scaphoid.triton_repo.configs import CONFIG, TARGETS, ConfigError, check, read
 
 NAMES = sorted({*STAGES, *FLOWS})
+CPU = CONFIGS["cpu"]
 
 
-def test_there_is_one_config_for_every_stage_and_flow():
-    assert sorted(path.parent.name for path in CONFIGS.glob(f"*/{CONFIG}")) == NAMES
+@pytest.mark.parametrize("target", TARGETS)
+def test_there_is_one_config_for_every_stage_and_flow(target):
+    assert sorted(path.parent.name for path in CONFIGS[target].glob(f"*/{CONFIG}")) == NAMES
 
 
+@pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("name", NAMES)
-def test_config_agrees_with_contracts_and_flows(name):
-    check(CONFIGS / name / CONFIG)
+def test_config_agrees_with_contracts_and_flows(target, name):
+    check(CONFIGS[target] / name / CONFIG, target)
 
 
-@pytest.mark.parametrize("name", sorted(STAGES))
-def test_only_the_first_step_limits_its_queue(name):
-    policy = read(CONFIGS / name / CONFIG).dynamic_batching.default_queue_policy
-    limited = policy.max_queue_size > 0 and policy.default_timeout_microseconds > 0
-    assert limited == (STAGES[name].kind == "preprocess")
+def test_an_encoder_is_another_on_a_gpu():
+    with pytest.raises(ConfigError, match=r"backend and platform: expected \('openvino', ''\), got \('tensorrt'"):
+        check(CONFIGS["gpu"] / "encoder" / CONFIG, "cpu")
 
 
-@pytest.mark.parametrize("name", sorted(STAGES))
-def test_no_instance_kind_is_named(name):  # KIND_GPU refuses to load without a GPU
-    for group in read(CONFIGS / name / CONFIG).instance_group:
-        assert group.kind == ModelInstanceGroup.KIND_AUTO
-
-
-@pytest.mark.parametrize("flow", sorted(FLOWS))
-def test_requests_of_different_lengths_may_batch(flow):
-    assert all(tensor.allow_ragged_batch for tensor in read(CONFIGS / flow / CONFIG).input)
-    assert all(tensor.allow_ragged_batch for tensor in read(CONFIGS / "preprocess" / CONFIG).input)
-
-
-@pytest.mark.parametrize("flow", sorted(FLOWS))
-def test_a_request_is_one_image(flow):
-    assert read(CONFIGS / flow / CONFIG).max_batch_size == 1
-
-
-def test_main_and_object_step_share_one_model():
-    steps = read(CONFIGS / "msfm" / CONFIG).ensemble_scheduling.step
+@pytest.mark.parametrize("target", TARGETS)
+def test_main_and_object_step_share_one_model(target):
+    steps = read(CONFIGS[target] / "msfm" / CONFIG).ensemble_scheduling.step
     assert [step.model_name for step in steps].count("encoder") == 2
 
 
@@ -79,7 +63,7 @@ def retype(config):
     ],
 )
 def test_a_config_that_disagrees_is_caught(tmp_path, name, damage, told):
-    shutil.copytree(CONFIGS / name, tmp_path / name)
+    shutil.copytree(CPU / name, tmp_path / name)
     config = read(tmp_path / name / CONFIG)
     damage(config)
     (tmp_path / name / CONFIG).write_text(text_format.MessageToString(config))

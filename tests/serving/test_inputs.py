@@ -96,7 +96,7 @@ def test_pipes_and_huge_files_are_not_read(tmp_path, monkeypatch):
     assert collect([tmp_path / "pipe.png"]).rejections[0].reason == "neither a file nor a folder"
     with pytest.raises(RejectedImage, match="not a file"):
         load(Source(tmp_path / "pipe.png", "s"), SALT)
-    monkeypatch.setattr(inputs, "MAX_FILE_BYTES", 100)
+    monkeypatch.setattr(inputs, "MAX_BYTES", 100)
     with pytest.raises(RejectedImage, match="more than the limit"):
         load(Source(png(tmp_path / "a.png"), "s"), SALT)
 

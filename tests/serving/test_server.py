@@ -1,8 +1,6 @@
 """The real Triton server, over HTTP and gRPC. The slow tests share one server on tiny untrained models."""
 
-import asyncio
 import io
-import os
 import re
 import runpy
 import shutil
@@ -22,14 +20,14 @@ from tritonclient.utils import InferenceServerException
 
 from scaphoid.export.artefacts import verify
 from scaphoid.trainer.flows import FLOWS
-from scaphoid.triton_repo import server as server_module
-from scaphoid.triton_repo.assemble import assemble, weights_hash
-from scaphoid.triton_repo.client import FlowClient
+from scaphoid.triton_repo.assemble import assemble
+from scaphoid.triton_repo.client import Client
 from scaphoid.triton_repo.configs import CONFIG
-from scaphoid.triton_repo.server import (
-    SHARED_MEMORY,
-    running_server,
-)
+from scaphoid.triton_repo.keys import KEY_HEADER
+from scaphoid.triton_repo.supervisor.ports import free_ports
+from scaphoid.triton_repo.supervisor.process import SHARED_MEMORY, children, model_of
+from scaphoid.triton_repo.supervisor.server import running_server
+from scaphoid.triton_repo.versioning.versions import weights_hash
 
 slow = pytest.mark.slow
 CLIENTS = {"http": tritonclient.http, "grpc": tritonclient.grpc}
@@ -107,8 +105,10 @@ def ask(server, flow: str, encoded: bytes, wanted=None, protocol: str = "grpc") 
     names = FLOWS[flow].outputs if wanted is None else wanted
     given = triton.InferInput("encoded", [1, len(encoded)], "UINT8")
     given.set_data_from_numpy(np.frombuffer(encoded, np.uint8)[None])
+    wanted = [triton.InferRequestedOutput(name) for name in names]
+    headers = {KEY_HEADER: server.api.local_key}  # HTTP inference is for the server's own user
     with triton.InferenceServerClient(server.grpc_url if protocol == "grpc" else server.http_url) as client:
-        result = client.infer(flow, [given], outputs=[triton.InferRequestedOutput(name) for name in names])
+        result = client.infer(flow, [given], outputs=wanted, headers=headers)
     return {name: result.as_numpy(name) for name in names}
 
 
@@ -123,16 +123,7 @@ def executions(server) -> dict[str, int]:
 
 def backend_processes(server) -> dict[str, int]:
     """Process id of the backend process of every model."""
-    found = {}
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            parent = int(re.search(r"^PPid:\t(\d+)", (folder / "status").read_text(), re.MULTILINE)[1])
-            command = (folder / "cmdline").read_bytes().decode(errors="replace").split("\0")
-        except (OSError, TypeError):
-            continue  # it ended meanwhile
-        if parent == server.pid and len(command) > 1:
-            found[Path(command[1]).parents[1].name] = int(folder.name)
-    return found
+    return {model_of(pid): pid for pid in children(server.pid)}
 
 
 @slow
@@ -162,11 +153,8 @@ def test_engines_agree_with_eager(server, artefacts):
 
 @slow
 def test_the_version_names_the_weights(server, repository):
-    async def version() -> str:
-        async with FlowClient(server.grpc_url, "kalm", ["probability"]) as client:
-            return await client.connect()
-
-    assert asyncio.run(version()) == f"1@{weights_hash(verify(repository))}"
+    with Client(server.grpc_url, "kalm") as client:
+        assert client.version == f"1@{weights_hash(verify(repository))}"
 
 
 @slow
@@ -225,10 +213,10 @@ def test_concurrent_clients_get_their_own_answers(server, runner):
 
 @slow
 def test_a_tensor_of_another_size_is_refused(server):
-    image = tritonclient.http.InferInput("image", [1, 1, 100, 224], "UINT8")
+    image = tritonclient.grpc.InferInput("image", [1, 1, 100, 224], "UINT8")
     image.set_data_from_numpy(np.zeros((1, 1, 100, 224), np.uint8))
     with (
-        tritonclient.http.InferenceServerClient(server.http_url) as client,
+        tritonclient.grpc.InferenceServerClient(server.grpc_url) as client,
         pytest.raises(InferenceServerException, match="unexpected shape"),
     ):
         client.infer("encoder", [image])
@@ -238,6 +226,11 @@ def test_a_tensor_of_another_size_is_refused(server):
 def test_model_control_needs_the_key(server):
     with tritonclient.http.InferenceServerClient(server.http_url) as client, pytest.raises(InferenceServerException):
         client.unload_model("encoder")
+    with (
+        tritonclient.http.InferenceServerClient(server.http_url) as client,
+        pytest.raises(InferenceServerException, match="restricted"),
+    ):
+        client.infer("encoder", [])
     with tritonclient.grpc.InferenceServerClient(server.grpc_url) as client, pytest.raises(InferenceServerException):
         client.unload_model("encoder")
     server.canary("msfm")
@@ -253,35 +246,19 @@ def test_permuted_outputs_are_served_permuted(server, repository):
         first, second = '"parts_probability"', '"probability_with_parts"'
         (twin / CONFIG).write_text(text.replace(first, '"?"').replace(second, first).replace('"?"', second))
         control = "/v2/repository/models/parts_result_permuted"
-        assert server._request("POST", f"{control}/load", {}, timeout=120)[0] == 200
+        assert server.api.request("POST", f"{control}/load", {}, timeout=120)[0] == 200
         names = ("main_logits", "object_logits", "parts_logits")
         arrays = [np.array([[1, 2]], np.float32), np.array([[2, 0]], np.float32), np.eye(7, 2, dtype=np.float32)[None]]
-        inputs = [tritonclient.http.InferInput(n, a.shape, "FP32") for n, a in zip(names, arrays, strict=True)]
+        inputs = [tritonclient.grpc.InferInput(n, a.shape, "FP32") for n, a in zip(names, arrays, strict=True)]
         for given, array in zip(inputs, arrays, strict=True):
             given.set_data_from_numpy(array)
-        with tritonclient.http.InferenceServerClient(server.http_url) as client:
+        with tritonclient.grpc.InferenceServerClient(server.grpc_url) as client:
             right, wrong = (client.infer(name, inputs) for name in ("parts_result", "parts_result_permuted"))
         assert right.as_numpy("parts_probability") == wrong.as_numpy("probability_with_parts")
         assert right.as_numpy("parts_probability") != wrong.as_numpy("parts_probability")
-        assert server._request("POST", f"{control}/unload", {})[0] == 200
+        assert server.api.request("POST", f"{control}/unload", {})[0] == 200
     finally:
         shutil.rmtree(twin)
-
-
-@slow
-def test_a_killed_backend_process_is_noticed_and_recovered(repository):
-    told = []
-    with running_server(repository, ["kalm"], watch_interval_s=2.0, report=told.append) as server:
-        killed = backend_processes(server)["key_area_crop"]
-        os.kill(killed, signal.SIGKILL)
-        assert server._request("GET", "/v2/models/key_area_crop/ready")[0] == 200  # Triton does not notice
-        deadline = time.monotonic() + 240
-        while not any("recovered in" in line for line in told) and time.monotonic() < deadline:
-            time.sleep(0.2)
-        server.canary("kalm")
-        assert backend_processes(server)["key_area_crop"] != killed
-    assert any("kalm answers with an error" in line for line in told), told
-    assert any("recovered in" in line for line in told), told
 
 
 def serve(repository: Path, *arguments: str) -> subprocess.Popen:
@@ -292,9 +269,19 @@ def serve(repository: Path, *arguments: str) -> subprocess.Popen:
 @slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_scaphoid_serve_leaves_nothing_behind(repository, number):
-    ports = [str(port) for port in server_module.free_ports("127.0.0.1")]
+    ports = [str(port) for port in free_ports("127.0.0.1")]
     process = serve(
-        repository, "--flows", "kalm", "--http-port", ports[0], "--grpc-port", ports[1], "--metrics-port", ports[2]
+        repository,
+        "--flows",
+        "kalm",
+        "--http-port",
+        ports[0],
+        "--grpc-port",
+        ports[1],
+        "--metrics-port",
+        ports[2],
+        "--health-port",
+        "0",
     )
     lines = []
     for line in process.stderr:

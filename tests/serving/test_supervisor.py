@@ -1,23 +1,41 @@
 """The supervisor of the Triton server, without one: what it refuses to start, what it removes, when it restarts."""
 
 import contextlib
+import io
 import itertools
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
 import types
+import urllib.error
+import urllib.request
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from scaphoid.export.artefacts import ManifestError, verify
-from scaphoid.triton_repo import server as server_module
-from scaphoid.triton_repo.serve import main
-from scaphoid.triton_repo.server import FOLDER_PREFIX, MARKER, CanaryLate, Server, ServerError, running_server
+from scaphoid.export.artefacts import ManifestError
+from scaphoid.triton_repo.keys import KEY_HEADER
+from scaphoid.triton_repo.serve import main, tell_json
+from scaphoid.triton_repo.supervisor import canary, endpoint, health, installation, leftovers, watch
+from scaphoid.triton_repo.supervisor import server as server_module
+from scaphoid.triton_repo.supervisor.api import ServerError
+from scaphoid.triton_repo.supervisor.canary import CanaryLate
+from scaphoid.triton_repo.supervisor.endpoint import Endpoint
+from scaphoid.triton_repo.supervisor.health import Health
+from scaphoid.triton_repo.supervisor.leftovers import FOLDER_PREFIX, MARKER
+from scaphoid.triton_repo.supervisor.process import SHARED_MEMORY_PREFIX, TritonProcess
+from scaphoid.triton_repo.supervisor.request_log import parse, refused
+from scaphoid.triton_repo.supervisor.server import Server, running_server
+from scaphoid.triton_repo.supervisor.watch import LONGEST_WAIT_S, Backoff, Fault, Watcher
+
+
+def quiet(line: str, **fields: object) -> None:
+    pass
 
 
 def test_a_repository_without_manifest_is_refused(tmp_path):
@@ -28,7 +46,7 @@ def test_a_repository_without_manifest_is_refused(tmp_path):
 @pytest.fixture
 def bare(tmp_path, monkeypatch):
     """A repository whose manifest is in order; no server is started on it."""
-    monkeypatch.setattr(server_module, "verify", lambda folder: {"flows": ["msfm"]})
+    monkeypatch.setattr(server_module, "verified", lambda folder: {"flows": ["msfm"]})
     return tmp_path
 
 
@@ -46,17 +64,38 @@ def test_a_port_in_use_is_named(bare):
             pass
 
 
+def test_the_wheels_old_server_is_not_put_on_a_network(bare):
+    with pytest.raises(ServerError, match=r"host 0\.0\.0\.0: .*container"), running_server(bare, host="0.0.0.0"):
+        pass
+
+
 @pytest.mark.parametrize("missing", ["tritonserver", "backend process for Python"])
 def test_a_missing_binary_is_named(bare, tmp_path, monkeypatch, missing):
     if missing != "tritonserver":
         (tmp_path / "pytriton/tritonserver/bin").mkdir(parents=True)
         (tmp_path / "pytriton/tritonserver/bin/tritonserver").touch()
-    monkeypatch.setattr(server_module, "_site_packages", lambda: tmp_path)
+    monkeypatch.setattr(installation, "_site_packages", lambda: tmp_path)
     with pytest.raises(ServerError, match=missing), running_server(bare):
         pass
 
 
-def test_folders_of_killed_supervisors_are_removed(tmp_path):
+def test_in_the_vendors_container_its_own_triton_runs_with_the_repositorys_flags(tmp_path, monkeypatch):
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "tritonserver").touch()
+    (tmp_path / "server.flags").write_text("--model-config-name=bounded\n--cuda-memory-pool-byte-size=0:1048576\n")
+    monkeypatch.setattr(installation, "CONTAINER", tmp_path)
+    monkeypatch.setenv("LD_LIBRARY_PATH", "/usr/lib/vendor")
+    monkeypatch.delenv(installation.OPS, raising=False)
+    found = installation.installation(tmp_path, tmp_path / "unused")
+    assert (found.binary, found.loopback_only) == (tmp_path / "bin" / "tritonserver", False)
+    assert found.options == ("--model-config-name=bounded", "--cuda-memory-pool-byte-size=0:1048576")
+    assert found.environment["LD_PRELOAD"] == str(tmp_path / "libscaphoid_ops.so")
+    assert found.environment["LD_LIBRARY_PATH"] == f"{tmp_path}/backends/pytorch:/usr/lib/vendor"
+    monkeypatch.setenv(installation.OPS, "/opt/ops.so")
+    assert installation.installation(tmp_path, tmp_path).environment["LD_PRELOAD"] == "/opt/ops.so"
+
+
+def test_what_killed_supervisors_left_is_removed(tmp_path):
     child = subprocess.Popen([sys.executable, "-S", "-c", ""])
     child.wait()
     dead, alive = f"{FOLDER_PREFIX}{child.pid}-x", f"{FOLDER_PREFIX}{os.getpid()}-x"
@@ -65,21 +104,27 @@ def test_folders_of_killed_supervisors_are_removed(tmp_path):
         (tmp_path / name / "backends").mkdir(parents=True)
     for name in (dead, alive):
         (tmp_path / name / MARKER).touch()
-    server_module.remove_leftovers(tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {alive} | unmarked
+    memory = tmp_path / "shm"
+    memory.mkdir()
+    kept = {f"{SHARED_MEMORY_PREFIX}{os.getpid()}-1-a", "another-1-a"}
+    for name in {f"{SHARED_MEMORY_PREFIX}{child.pid}-1-a"} | kept:
+        (memory / name).touch()
+    leftovers.remove(tmp_path, memory)
+    assert {path.name for path in tmp_path.iterdir()} == {alive, "shm"} | unmarked
+    assert {path.name for path in memory.iterdir()} == kept
 
 
 @pytest.mark.parametrize(
-    ("status", "growth", "restarted"),
+    ("status", "growth", "kind"),
     [
-        (None, 1, False),  # no answer to the canary, but others are answered: busy
-        (503, 1, False),  # the queue is full
-        (None, 0, True),  # it hangs
-        (500, 1, True),  # a backend's process is dead
+        (None, 1, None),  # no answer to the canary, but others are answered: busy
+        (503, 1, None),  # the queue is full
+        (None, 0, "canary_late"),  # it hangs
+        (500, 1, "canary_failed"),  # a backend's process is dead
     ],
 )
-def test_a_late_canary_restarts_only_a_server_that_answers_nobody(tmp_path, monkeypatch, status, growth, restarted):
-    stop, recovered, checks = threading.Event(), [], itertools.count(1)
+def test_a_late_canary_is_a_fault_only_of_a_server_that_answers_nobody(tmp_path, monkeypatch, status, growth, kind):
+    stop, checks = threading.Event(), itertools.count(1)
 
     class Triton(BaseHTTPRequestHandler):
         def do_GET(self):
@@ -104,46 +149,197 @@ def test_a_late_canary_restarts_only_a_server_that_answers_nobody(tmp_path, monk
         def log_message(self, *_):
             pass
 
-    monkeypatch.setattr(server_module, "CANARY_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(canary, "TIMEOUT_S", 0.1)
     with ThreadingHTTPServer(("127.0.0.1", 0), Triton) as stand_in:
         threading.Thread(target=stand_in.serve_forever, daemon=True).start()
-        server = Server(tmp_path, ["kalm"], "127.0.0.1", (stand_in.server_port, 1, 2), lambda line: None)
-        monkeypatch.setattr(server, "_recover", lambda: (recovered.append(True), stop.set()))
-        server.watch(stop, interval_s=0.01)
+        server = Server(tmp_path, ["kalm"], "127.0.0.1", (stand_in.server_port, 1, 2), quiet)
+        server.process = types.SimpleNamespace(exit_code=None, dead_backend=lambda: None)
+        server.serving.set()
+        server.health.serving()
+        server.health.answered("kalm", 0.1)
+        watcher = Watcher(server)
+        threading.Timer(3, stop.set).start()  # a faulty server is asked once for its counts, or not at all
+        monkeypatch.setattr(watcher, "recover", lambda fault, stop: (found.append(fault), stop.set()))
+        monkeypatch.setattr(watch, "TICK_S", 0.01)
+        found: list[Fault] = []
+        watcher.watch(stop, interval_s=0.01)
         stand_in.shutdown()
-    assert bool(recovered) == restarted
+    assert [fault.kind for fault in found] == ([kind] if kind else [])
+    assert bool(server.health.why_not()) == bool(kind)
 
 
 def test_a_late_canary_while_starting_is_waited_for(tmp_path, monkeypatch):
-    server, canaries = Server(tmp_path, ["kalm"], "127.0.0.1", (1, 2, 3), print), []
+    server, canaries = Server(tmp_path, ["kalm"], "127.0.0.1", (1, 2, 3), quiet), []
 
-    def canary(flow):
+    def late_once(flow):
         canaries.append(flow)
         if len(canaries) == 1:
             raise CanaryLate("late")
 
-    monkeypatch.setattr(server, "_process", types.SimpleNamespace(poll=lambda: None))
-    monkeypatch.setattr(server, "_request", lambda *_, **__: (200, {}))
-    monkeypatch.setattr(server, "canary", canary)
-    server._await_answers(time.monotonic() + 30)
+    server.process = types.SimpleNamespace(launch=lambda: None, exit_code=None)
+    monkeypatch.setattr(server.api, "is_ready", lambda flow: True)
+    monkeypatch.setattr(server, "canary", late_once)
+    server.launch(threading.Event())
     assert canaries == ["kalm", "kalm"]
 
 
-def test_verify_is_what_guards_the_start():
-    assert server_module.verify is verify
+@pytest.fixture
+def failing(tmp_path, monkeypatch):
+    """A server whose process starts at the third attempt, its watcher, and the waits between the attempts."""
+    server, starts, waits = Server(tmp_path, ["kalm"], "127.0.0.1", (1, 2, 3), quiet), itertools.count(1), []
+    server.process = types.SimpleNamespace(end=lambda grace_s: None)
+
+    def launch(stop):
+        if next(starts) % 3:
+            raise ServerError("exit code 1")
+
+    monkeypatch.setattr(server, "launch", launch)
+    watcher = Watcher(server)
+    monkeypatch.setattr(watcher, "_wait", lambda seconds, stop: waits.append(seconds))
+    return server, watcher, waits
 
 
-def test_only_what_triton_calls_an_error_is_told_and_only_of_this_process(tmp_path):
+def test_recovery_waits_longer_each_time_that_it_fails(failing):
+    server, watcher, waits = failing
+    watcher.recover(Fault("server_died", "gone"), threading.Event())
+    assert waits == [1, 2]
+    assert (server.health.faults, server.health.restarts) == ({"server_died": 1, "start_failed": 2}, 1)
+    watcher.recover(Fault("backend_died", "gone again at once"), threading.Event())
+    assert waits == [1, 2, 4, 8, 16]
+
+
+def test_waiting_is_bounded_and_forgotten_after_steady_service():
+    backoff = Backoff(ready_since=0)
+    backoff.fault(now=10)
+    delays = [backoff.delay() for _ in range(20)]
+    assert delays[:4] == [0, 1, 2, 4]
+    assert max(delays) == LONGEST_WAIT_S
+    backoff.fault(now=1e6)
+    assert backoff.delay() == 0
+
+
+def zombie() -> subprocess.Popen:
+    """A process with two children; it waits for neither."""
+    code = (
+        "import subprocess, sys, time; children = [subprocess.Popen(['sleep', '60']) for _ in range(2)];"
+        "print(*(child.pid for child in children), flush=True); time.sleep(60)"
+    )
+    return subprocess.Popen([sys.executable, "-S", "-c", code], stdout=subprocess.PIPE, text=True)
+
+
+def test_a_dead_backend_is_seen_by_its_process():
+    process = TritonProcess(["true"], {}, "unused-")
+    with zombie() as process._running:
+        children = [int(pid) for pid in process._running.stdout.readline().split()]
+        try:
+            assert [process.dead_backend(), process.dead_backend()] == [None, None]
+            os.kill(children[0], signal.SIGKILL)
+            deadline = time.monotonic() + 10
+            while not (dead := process.dead_backend()) and time.monotonic() < deadline:
+                time.sleep(0.01)
+            assert dead
+        finally:
+            os.kill(children[1], signal.SIGKILL)
+            process._running.kill()
+
+
+def test_only_what_triton_calls_an_error_is_kept_and_only_of_requests_is_passed_on():
     """A library may print what it worked on, and nothing of a radiograph may come into a log."""
-    server = Server(tmp_path, ["kalm"], "127.0.0.1", (1, 2, 3), print)
-    server._folder = tmp_path
-    before = "E1122 01:02:03.4 7 model.cc:1] of the process before\n"
-    (tmp_path / "server.log").write_text(before + "decoder: cannot read patient Doe^Jane\nI1122 01:02:03.5 7 started\n")
-    server._log_start = len(before)
-    assert server._log_errors() == "its log names no error"
-    with (tmp_path / "server.log").open("a") as log:
-        log.write("E1122 01:02:04.5 7 model.cc:9] failed to load 'kalm'\nEmbedded: Doe^Jane\n")
-    assert server._log_errors() == "E1122 01:02:04.5 7 model.cc:9] failed to load 'kalm'"
+    told = []
+    process = TritonProcess(["true"], {}, "unused-", told.append)
+    lines = [
+        "decoder: cannot read patient Doe^Jane",
+        "I1122 01:02:03.5 7 started",
+        'W1122 01:02:03.5 7 model.py:4] "' + refused("3f2a", "preprocess", "INVALID").replace('"', '\\"') + '"',
+        'E1122 01:02:03.6 7 server.cc:2] "CudaDriverHelper has not been initialized."',
+    ]
+    process.listen(io.BytesIO("\n".join(lines).encode()))
+    assert process.errors == "its log names no error"
+    assert told == [{"request_id": "3f2a", "model": "preprocess", "status": "INVALID"}]
+    process.listen(io.BytesIO(b"E1122 01:02:04.5 7 model.cc:9] failed to load 'kalm'\nEmbedded: Doe^Jane\n"))
+    assert process.errors == "E1122 01:02:04.5 7 model.cc:9] failed to load 'kalm'"
+
+
+@pytest.mark.parametrize("request_id", ["a\nb", '"}', "x" * 65, "Doe^Jane"])
+def test_a_client_cannot_write_lines_of_the_log(request_id):
+    line = refused(request_id, "preprocess", "INVALID_ARGUMENT")
+    assert "\n" not in line
+    assert parse('W1122 x 7 model.py:4] "' + line.replace('"', '\\"') + '"')["request_id"] == ""
+
+
+@pytest.fixture
+def status():
+    """A server's health behind an endpoint, and GET of it: status and body."""
+    found, switched = Health(("msfm", "kalm")), []
+
+    def switch(version):
+        switched.append(version)
+        if version == 7:
+            raise ServerError("there is no version 7")
+        return {"version": version}
+
+    listening = Endpoint("127.0.0.1", 0, found, lambda: b"scaphoid_ready 1\n", switch)
+
+    def get(path, body=None, **headers):
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(f"http://{listening.url}{path}", data, headers)
+        try:
+            with urllib.request.urlopen(request, timeout=10) as answer:
+                return answer.status, answer.read()
+        except urllib.error.HTTPError as error:
+            return error.code, error.read()
+
+    yield types.SimpleNamespace(health=found, get=get, endpoint=listening, switched=switched)
+    listening.close()
+
+
+def test_ready_is_the_last_canary_of_every_flow(status, monkeypatch):
+    def ready():
+        code, body = status.get("/ready")
+        return code, json.loads(body).get("reason", "")
+
+    assert ready() == (503, "starting")
+    status.health.serving()
+    status.health.answered("msfm", 0.1)
+    assert ready() == (503, "flow kalm has not answered its canary yet")
+    status.health.answered("kalm", 0.1)
+    assert ready() == (200, "")
+    status.health.failed("kalm", "flow kalm answers with an error")
+    assert ready() == (503, "flow kalm answers with an error")
+    status.health.answered("kalm", 0.1)
+    status.health.not_serving("the backend process of encoder died", "backend_died")
+    assert ready() == (503, "the backend process of encoder died")
+    status.health.recovered(9.5)
+    assert ready() == (200, "")
+    status.health.expect_canaries(1e-9, 0)
+    assert ready()[0] == 503
+    assert status.get("/live")[0] == 200
+    monkeypatch.setattr(health, "BEAT_TIMEOUT_S", 0)
+    assert status.get("/live")[0] == 503
+    assert status.get("/metrics") == (200, b"scaphoid_ready 1\n")
+    assert status.get("/etc/passwd")[0] == 404
+
+
+def test_versions_are_switched_for_the_holder_of_the_key_alone(status, tmp_path):
+    status.endpoint.write_control(tmp_path, tmp_path)
+    assert (tmp_path / endpoint.CONTROL).stat().st_mode & 0o777 == 0o600
+    key = json.loads((tmp_path / endpoint.CONTROL).read_text())["key"]
+    assert status.get(endpoint.SWITCH, {"version": 2})[0] == 403
+    assert status.get(endpoint.SWITCH, {"version": 2}, **{KEY_HEADER: "x"})[0] == 403
+    assert not status.switched
+    assert status.get(endpoint.SWITCH, {"version": 2}, **{KEY_HEADER: key}) == (200, b'{"version": 2}\n')
+    code, body = status.get(endpoint.SWITCH, {"version": 7}, **{KEY_HEADER: key})
+    assert (code, json.loads(body)) == (409, {"error": "there is no version 7"})
+    for body in ({}, {"version": "2"}, {"version": True}, [2], {"version": 2, "x": "y" * 5000}):
+        assert status.get(endpoint.SWITCH, body, **{KEY_HEADER: key})[0] == 400
+    assert status.switched == [2, 7]
+
+
+def test_json_logs_name_their_parts(capsys):
+    tell_json("recovered in 9.5 s", event="recovered", seconds=9.5)
+    record = json.loads(capsys.readouterr().err)
+    assert record.pop("time").endswith("+00:00")
+    assert record == {"level": "info", "event": "recovered", "seconds": 9.5, "message": "recovered in 9.5 s"}
 
 
 @pytest.mark.parametrize(

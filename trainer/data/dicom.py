@@ -13,6 +13,8 @@ values, are kept silent.
 
 import hashlib
 import io
+import logging
+import threading
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +37,8 @@ _JPEG_FAMILY = (
     *(pydicom.uid.HTJ2K, pydicom.uid.HTJ2KLossless, pydicom.uid.HTJ2KLosslessRPCL),
 )
 _DEFLATED = b"1.2.840.10008.1.2.1.99"
+_SILENCE = threading.Lock()  # warnings are silenced for the process: two threads would undo it for each other
+logging.getLogger("pydicom").propagate = False  # it logs what it warns of
 
 
 @dataclass(frozen=True)
@@ -55,13 +59,18 @@ def read_dicom(source: str | Path | bytes, salt: bytes) -> DicomRadiograph:
     of a known UID could be looked up). Raises RejectedImage with a one-line reason, or OSError for an unreadable path.
     """
     data = source if isinstance(source, bytes) else Path(source).read_bytes()
-    with warnings.catch_warnings(), pydicom.config.disable_value_validation():
-        warnings.simplefilter("ignore")
-        dataset = _parse(data)
-        _check(dataset)
-        pixels = _to_uint8(dataset, _decode(dataset))
+    try:
+        with _SILENCE, warnings.catch_warnings(), pydicom.config.disable_value_validation():
+            warnings.simplefilter("ignore")
+            dataset = _parse(data)
+            _check(dataset)
+            pixels = _to_uint8(dataset, _decode(dataset))
+            uid = dataset.get("StudyInstanceUID")
+    except RejectedImage:
+        raise
+    except Exception:  # pydicom reads elements when they are asked for, and raises whatever a damaged one leads to
+        raise RejectedImage("damaged: an element of the DICOM file cannot be read") from None
     check_blank(pixels)
-    uid = dataset.get("StudyInstanceUID")
     study = hashlib.blake2b(str(uid).encode(), key=salt, digest_size=8).hexdigest() if uid else None
     return DicomRadiograph(pixels, study)
 
@@ -116,14 +125,14 @@ def _decode(dataset: pydicom.Dataset) -> np.ndarray:
     transfer = getattr(getattr(dataset, "file_meta", None), "TransferSyntaxUID", None)
     if transfer is None:
         raise RejectedImage("damaged: the DICOM file does not say how its pixels are compressed")
+    if not transfer.is_transfer_syntax:
+        raise RejectedImage("damaged: the DICOM file's transfer syntax is none")
     if transfer in (*_JPEG_FAMILY, pydicom.uid.RLELossless):
         _check_frame(dataset, transfer)
     try:
         stored = dataset.pixel_array
     except Exception:  # decoders raise whatever they like
-        decoder = (
-            pydicom.pixels.get_decoder(transfer) if transfer.is_compressed and transfer.is_transfer_syntax else None
-        )
+        decoder = pydicom.pixels.get_decoder(transfer) if transfer.is_compressed else None
         if decoder is not None and not decoder.is_available:
             raise RejectedImage(f"no decoder is installed for {transfer.name}") from None
         raise RejectedImage("damaged: the DICOM file's pixels cannot be decoded") from None
@@ -138,7 +147,7 @@ def _check_frame(dataset: pydicom.Dataset, transfer: pydicom.uid.UID) -> None:
     try:
         frame = get_frame(dataset.PixelData, 0, number_of_frames=1)
     except Exception:  # pydicom raises whatever damaged fragments lead to
-        raise RejectedImage("damaged: the DICOM file's compressed pixels are cannot be found") from None
+        raise RejectedImage("damaged: the DICOM file's compressed pixels cannot be found") from None
     if transfer == pydicom.uid.RLELossless:  # tells no size; the worst encoder takes two bytes for one
         if len(frame) > 64 + (2 * rows * columns + 2) * int(dataset.BitsAllocated) // 8:
             raise RejectedImage("damaged: the DICOM file holds more compressed bytes than its pixels need")

@@ -13,8 +13,8 @@ Rejected, with one line that says why:
 - truncated or damaged: no JPEG end marker, or one that stands before the last pixels; a PNG chunk missing or failing
   its CRC; pixels missing in a PGM, BMP or TIFF;
 - blank: every pixel has the same value;
-- more than `MAX_PIXELS` (nothing is inflated to find out), or a side under `MIN_SIDE`: no bone is shown in so few
-  pixels;
+- more than `MAX_BYTES`, more than `MAX_PIXELS` (nothing is inflated to find out), or a side under `MIN_SIDE`: no bone
+  is shown in so few pixels;
 - more than one picture (animated PNG, multi-page TIFF): which of them is the radiograph is not ours to guess;
 - transparency in use: what lies under it depends on a background that the file does not define;
 - kinds that decoders read differently: 12-bit, lossless and arithmetic JPEG, float, 1-bit and big TIFF, compressed
@@ -32,10 +32,11 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from scaphoid.trainer.data.header import MAX_PIXELS, MIN_SIDE, ImageHeader, RejectedImage, check_size
+from scaphoid.trainer.data.header import MAX_BYTES, MAX_PIXELS, MIN_SIDE, ImageHeader, RejectedImage, check_size
 from scaphoid.trainer.data.jpeg import ends_early, read_jpeg
 
 __all__ = [
+    "MAX_BYTES",
     "MAX_PIXELS",
     "MIN_SIDE",
     "ImageHeader",
@@ -49,6 +50,8 @@ __all__ = [
 
 def check_encoded(data: bytes | memoryview) -> ImageHeader:
     """The header of one encoded image that is fit to be decoded. Raises RejectedImage."""
+    if len(data) > MAX_BYTES:
+        raise RejectedImage(f"{len(data) >> 20} MiB, more than the limit of {MAX_BYTES >> 20} MiB")
     data = bytes(data)
     if not data:
         raise RejectedImage("empty: 0 bytes")
@@ -216,7 +219,8 @@ def _tiff(data: bytes) -> ImageHeader:
     bits, photometric = set(tags.get(258, (1,))), tags[262][0]
     check_size(width, height)
     if bits not in ({8}, {16}) or set(tags.get(339, (1,))) != {1}:
-        raise RejectedImage(f"a TIFF of {bits} bits, or of signed or float samples: expected unsigned 8 or 16 bits")
+        shown = f"{bits.pop()} bits" if len(bits) == 1 else f"{len(bits)} different depths"
+        raise RejectedImage(f"a TIFF of {shown}, or of signed or float samples: expected unsigned 8 or 16 bits")
     if photometric not in _TIFF_CHANNELS or channels != _TIFF_CHANNELS[photometric]:
         raise RejectedImage(f"a TIFF of {channels} channels, colour space {photometric}: save it as PNG without alpha")
     offsets = tags.get(273) or tags.get(324) or ()

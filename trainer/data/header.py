@@ -4,6 +4,7 @@ nothing heavy."""
 from dataclasses import dataclass
 
 MAX_PIXELS = 50_000_000  # the largest stitched long-leg and mammography images have about 30 million
+MAX_BYTES = 512 * 2**20  # of a file: 50 million uncompressed pixels of 3 channels and 16 bits are 286 MiB
 MIN_SIDE = 32  # pixels
 
 

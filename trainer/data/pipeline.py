@@ -38,16 +38,17 @@ def preprocess_pipeline(size: int, batch_size: int, device: str = "cpu", num_thr
     `device` is `cpu`, or `mixed`: decoding begins on the CPU and ends on the GPU, where `image` stays (needs CUDA).
     `batch_size` is the most images a run may have; `num_threads` defaults to the cores this process may use.
     """
+    pipeline = _definition(size, batch_size, device, num_threads or _cores(), None if device == "cpu" else 0)
+    pipeline.build()
+    return pipeline
+
+
+def _definition(size: int, batch_size: int, device: str, num_threads: int, device_id: int | None) -> "Pipeline":
     if device not in ("cpu", "mixed"):
         raise ValueError(f"device must be 'cpu' or 'mixed', got {device!r}")
     from nvidia.dali import fn, pipeline_def, types
 
-    @pipeline_def(
-        batch_size=batch_size,
-        num_threads=num_threads or _cores(),
-        device_id=None if device == "cpu" else 0,
-        prefetch_queue_depth=1,
-    )
+    @pipeline_def(batch_size=batch_size, num_threads=num_threads, device_id=device_id, prefetch_queue_depth=1)
     def preprocess():
         encoded = fn.external_source(name=ENCODED.name, device="cpu", dtype=types.UINT8, ndim=1)
         decoded = fn.decoders.image(encoded, device=device, output_type=types.GRAY, adjust_orientation=True)
@@ -57,14 +58,14 @@ def preprocess_pipeline(size: int, batch_size: int, device: str = "cpu", num_thr
         )
         return fn.reshape(image, shape=[1, size, size], layout="CHW"), original_size
 
-    pipeline = preprocess()
-    pipeline.build()
-    return pipeline
+    return preprocess()
 
 
 def serialize(path: str | Path, size: int, max_batch_size: int, device: str = "cpu") -> None:
-    """Writes the pipeline as the `model.dali` that Triton's DALI backend loads. `mixed` needs a machine with CUDA."""
-    preprocess_pipeline(size, max_batch_size, device).serialize(filename=str(path))
+    """Writes the pipeline as the `model.dali` that Triton's DALI backend loads. No GPU is needed for `mixed` either:
+    the backend says which one when it loads the file, and how many threads (its `num_threads`)."""
+    threads = _cores() if device == "cpu" else 1
+    _definition(size, max_batch_size, device, threads, None).serialize(filename=str(path))
 
 
 class Decoder:
@@ -111,6 +112,8 @@ def _check(data: bytes | memoryview) -> ImageHeader | RejectedImage:
         return check_encoded(data)
     except RejectedImage as rejected:
         return rejected
+    except Exception as error:  # whatever the guard trips over fails alone; the message may quote the file
+        return RejectedImage(f"cannot be read ({type(error).__name__})")
 
 
 def _check_decoded(

@@ -73,7 +73,9 @@ def test_profiles_have_the_contracts_names_and_count_images(artefacts):
 
 
 def test_profiles_take_every_batch_that_is_sent():
-    served = {name: read(CONFIGS / name / CONFIG).max_batch_size for name in STAGES if STAGES[name].kind == "encoder"}
+    served = {
+        name: read(CONFIGS["gpu"] / name / CONFIG).max_batch_size for name in STAGES if STAGES[name].kind == "encoder"
+    }
     assert len(served) >= 5
     assert max([*served.values(), BATCH]) <= BATCHES[-1]
 

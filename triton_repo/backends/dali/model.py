@@ -14,6 +14,7 @@ import triton_python_backend_utils as pb_utils
 from scaphoid.trainer.contracts import ENCODED
 from scaphoid.trainer.data.guard import RejectedImage
 from scaphoid.trainer.data.pipeline import Decoder
+from scaphoid.triton_repo.supervisor.request_log import log_refused
 
 
 class TritonPythonModel:
@@ -37,11 +38,15 @@ class TritonPythonModel:
         """One response for each request. A request of several images fails as a whole if one of them does."""
         inputs = [pb_utils.get_input_tensor_by_name(request, ENCODED.name).as_numpy() for request in requests]
         answers = iter(self.decoder.decode([memoryview(image) for images in inputs for image in images]))
-        return [self._response([next(answers) for _ in images]) for images in inputs]
+        return [
+            self._response(request, [next(answers) for _ in images])
+            for request, images in zip(requests, inputs, strict=True)
+        ]
 
-    def _response(self, answers):
+    def _response(self, request, answers):
         for answer in answers:
             if isinstance(answer, RejectedImage):
+                log_refused(request, "INVALID_ARGUMENT")
                 error = pb_utils.TritonError(answer.reason, pb_utils.TritonError.INVALID_ARG)
                 return pb_utils.InferenceResponse(error=error)
         tensors = [np.stack(column) for column in zip(*answers, strict=True)]

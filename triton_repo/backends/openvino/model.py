@@ -5,6 +5,8 @@ As the native one it binds tensors by name and reads the engine's options from t
 batch as it is, where the native one pads it to max_batch_size. It also reads INFERENCE_PRECISION_HINT.
 """
 
+import scaphoid.export  # noqa: F401  # isort: skip  (declines OpenVINO's reports home, so before it)
+
 import json
 from pathlib import Path
 

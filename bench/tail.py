@@ -1,0 +1,190 @@
+"""Tail latency of a served flow: one request at a time, and at a share of saturation against a queueing simulation.
+
+The simulation knows nothing of the load: it is fed with the stages' times measured one request at a time, the flow's
+wiring, the models' batch limits and the number of cores, and with the very arrival times of the measured run.
+"""
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from scaphoid.bench.comparison import phantoms, tell
+from scaphoid.bench.open_loop import OpenLoad, open_load
+from scaphoid.bench.peaks import machine
+from scaphoid.bench.queueing import Outcome, closed_loop, open_loop, poisson
+from scaphoid.bench.report import Report, Table
+from scaphoid.bench.server_load import Load, server_load
+from scaphoid.bench.service_times import CORES, ServiceTimes, service_times
+from scaphoid.bench.timing import session_cpu_s
+from scaphoid.triton_repo.client import AsyncClient, wanted_outputs
+from scaphoid.triton_repo.supervisor.server import Server, running_server
+
+ALONE_BAR = 1.3  # p99 over p50, one request at a time
+LOAD_BAR = 1.25  # measured p99 over the simulated
+BATCHES = (1, 2, 4)
+REPETITIONS = 8  # of the simulation, on the same arrivals
+MANY = 10_000  # requests in flight: an open loop has no limit
+SATURATION_JOBS = 1500
+LATE_MS = 50.0  # p99 of a sender that offers the load it says
+
+
+@dataclass(frozen=True)
+class Tail:
+    """Measure the tail of one flow on the real server, and hold it against a simulation of its queues."""
+
+    repository: Path
+    """Folder that scaphoid.triton_repo.assemble wrote."""
+    flow: str = "msfm"
+    """msfm, msfm_fma or kalm."""
+    parts: bool = True
+    """Classify MSFM's windows as well."""
+    share: float = 0.7
+    """Of the saturation rate, offered in the open loop."""
+    requests: int = 200
+    """One at a time; each larger batch gets a fifth of it."""
+    saturation_s: float = 30.0
+    """Length of the closed loop that measures saturation."""
+    seconds: float = 180.0
+    """Length of the open loop."""
+    clients: int = 16
+    """Of the closed loop."""
+    seed: int = 7
+    out: Path = Path("runs/bench")
+    """Folder for images and the report."""
+
+    @property
+    def name(self) -> str:
+        return f"tail_{self.flow}"
+
+
+@dataclass(frozen=True)
+class Measured:
+    times: ServiceTimes
+    saturation: Load
+    load: OpenLoad
+    rate: float
+    """Offered, requests/s."""
+
+
+@dataclass(frozen=True)
+class Simulated:
+    saturation: Outcome
+    loads: tuple[Outcome, ...]
+
+    def percentile_ms(self, percent: float) -> float:
+        """Of all repetitions together."""
+        return 1e3 * float(np.percentile(np.concatenate([each.latencies_s for each in self.loads]), percent))
+
+
+def tail(arguments: Tail) -> Report:
+    """Serve, measure, simulate, judge. Raises ValueError, ManifestError, ServerError, LoadError and OSError."""
+    if not 0 < arguments.share < 1:
+        raise ValueError(f"--share: expected a part of the saturation between 0 and 1, got {arguments.share}")
+    wanted = wanted_outputs(arguments.flow, arguments.parts)
+    here = machine()
+    images = phantoms(arguments.out / "phantoms")
+    tell("starting Triton")
+    with running_server(arguments.repository, [arguments.flow], report=tell) as server:
+        measured = asyncio.run(measure(server, arguments, wanted, images))
+    simulated = simulate(measured, wanted, here.cores, arguments)
+    missed, facts = judge(measured, simulated, arguments.share)
+    if here.busy:
+        facts.append(
+            f"NOT AN IDLE MACHINE: {here.load_1min:.1f} tasks on {here.cores} cores in the minute before: these "
+            "figures say little"
+        )
+    subject = {
+        "flow": arguments.flow + ("" if arguments.parts else ", without parts"),
+        "repository": arguments.repository.name,
+        "input": f"{len(images)} PNG phantoms, one image a request",
+        "offered (requests/s)": measured.rate,
+        "an encoder keeps busy (cores)": measured.times.encoder_cores,
+        "length of the open loop (s)": arguments.seconds,
+    }
+    tables = (latency_table(measured, simulated), saturation_table(measured, simulated), times_table(measured.times))
+    return Report(f"Tail latency of {arguments.flow}", subject, tuple(facts), here, None, tables, tuple(missed))
+
+
+async def measure(server: Server, arguments: Tail, wanted: Sequence[str], images: Sequence[bytes]) -> Measured:
+    url = server.grpc_url
+    tell(f"{arguments.requests} requests one at a time, and batches of {', '.join(map(str, BATCHES[1:]))}")
+    cpu_s = partial(session_cpu_s, server.pid)
+    times = service_times(url, arguments.flow, wanted, images, BATCHES, arguments.requests, cpu_s)
+    tell(f"{arguments.clients} clients in a closed loop: saturation")
+    bounds = (arguments.clients, MANY, arguments.saturation_s)
+    saturation = await server_load(url, arguments.flow, wanted, images, *bounds)
+    rate = arguments.share * saturation.rate.images_per_s
+    count = max(20, round(rate * arguments.seconds))
+    tell(f"open loop at {rate:.2f} requests/s for about {count / rate:.0f} s")
+    arrivals = poisson(rate, count, np.random.default_rng(arguments.seed))
+    async with AsyncClient(url, arguments.flow, outputs=wanted, in_flight=MANY, timeout_s=120.0) as client:
+        load = await open_load(client.infer, images, arrivals.tolist())
+    return Measured(times, saturation, load, rate)
+
+
+def simulate(measured: Measured, wanted: Sequence[str], cores: int, arguments: Tail) -> Simulated:
+    stations, route, resources = measured.times.network(wanted, cores)
+    loads = [
+        open_loop(stations, route, resources, measured.load.arrivals_s, seed=number) for number in range(REPETITIONS)
+    ]
+    return Simulated(closed_loop(stations, route, resources, arguments.clients, SATURATION_JOBS), tuple(loads))
+
+
+def judge(measured: Measured, simulated: Simulated, share: float) -> tuple[list[str], list[str]]:
+    """Bars missed, and facts."""
+    p50, p99 = np.percentile(measured.times.alone_ms, (50, 99))
+    alone, ratio = p99 / p50, measured.load.percentile_ms(99) / simulated.percentile_ms(99)
+    late_ms = 1e3 * measured.load.sent_late_s
+    facts = [
+        f"one request at a time: p99 is {alone:.2f} x p50 (bar {ALONE_BAR})",
+        f"at {100 * share:.0f} % of saturation: p99 is {ratio:.2f} x the simulated one (bar {LOAD_BAR})",
+        f"requests were sent {late_ms:.1f} ms late (p99); a latency counts from when its request was due",
+    ]
+    failures = [*measured.saturation.failures, *measured.load.failures]
+    bars = {
+        f"p99 {alone:.2f} x p50 one at a time, more than {ALONE_BAR}": alone > ALONE_BAR,
+        f"p99 {ratio:.2f} x the simulated, more than {LOAD_BAR}": ratio > LOAD_BAR,
+        f"requests were sent {late_ms:.0f} ms late: another load than the one simulated": late_ms > LATE_MS,
+        f"{len(failures)} requests failed, the first with: {failures[0] if failures else ''}": bool(failures),
+    }
+    return [line for line, missed in bars.items() if missed], facts
+
+
+def latency_table(measured: Measured, simulated: Simulated) -> Table:
+    percents = (50, 90, 95, 99)
+    load, alone = measured.load, np.percentile(measured.times.alone_ms, percents)
+    rows = (
+        ("one at a time, measured", len(measured.times.alone_ms), *alone.tolist()),
+        ("open loop, measured", len(load.latencies_s), *(load.percentile_ms(each) for each in percents)),
+        (
+            "open loop, simulated",
+            sum(len(each.latencies_s) for each in simulated.loads),
+            *(simulated.percentile_ms(each) for each in percents),
+        ),
+    )
+    return Table("Latency", ("load", "counted (requests)", *(f"p{each} (ms)" for each in percents)), rows)
+
+
+def saturation_table(measured: Measured, simulated: Simulated) -> Table:
+    busy = np.mean([each.busy[CORES] for each in simulated.loads])
+    found, on_paper = measured.saturation.rate.images_per_s, simulated.saturation.jobs_per_s
+    columns = (
+        *("saturation, measured (images/s)", "saturation, simulated (images/s)", "simulated of measured (%)"),
+        "cores busy in the open loop, simulated (%)",
+    )
+    return Table("Saturation", columns, ((found, on_paper, 100 * on_paper / found, 100 * float(busy)),))
+
+
+def times_table(times: ServiceTimes) -> Table:
+    batches = sorted(next(iter(times.stages.values())).measured_s)
+    rows = [
+        (name, *(1e3 * each.measured_s[batch] for batch in batches), 1e3 * each.fixed_s, 1e3 * each.image_s)
+        for name, each in times.stages.items()
+    ]
+    rows.append(("wire: gRPC, hops, client", 1e3 * times.wire_s, *(None for _ in batches[1:]), 0.0, 1e3 * times.wire_s))
+    columns = ("stage", *(f"batch {batch} (ms)" for batch in batches), "fixed (ms)", "an image (ms)")
+    return Table("Service times, nothing else running", columns, tuple(rows))

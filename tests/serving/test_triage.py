@@ -1,0 +1,80 @@
+"""Triage over the client library, against a server in this process: who is asked what, and what is answered."""
+
+import asyncio
+
+import grpc
+import numpy as np
+import pytest
+
+from scaphoid.trainer.data.dicom import to_pgm
+from scaphoid.trainer.flows import FLOWS
+from scaphoid.trainer.triage import FIRST, NOBODY, Band
+from scaphoid.triton_repo.client import RequestRejected
+from scaphoid.triton_repo.triage import TriageClient, Triaged
+
+
+def pixels(seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (47, 61), dtype=np.uint8)
+
+
+def ask(server, band: Band, images, flow: str = "msfm", **settings) -> list:
+    async def run():
+        async with TriageClient(server.url, band, flow, **settings) as client:
+            return await client.predict_all(images, in_flight=1)
+
+    return asyncio.run(run())
+
+
+@pytest.mark.parametrize("flow", FIRST)
+def test_outside_the_band_the_first_stage_alone_is_asked(fake_server, flow):
+    (triaged,) = ask(fake_server, NOBODY, [pixels(1)], flow)
+    assert fake_server.asked == [(FIRST[flow],)]
+    assert not triaged.whole
+    assert triaged.probability == next(iter(triaged.result.stages.values()))
+    assert triaged.result.box is None
+
+
+@pytest.mark.parametrize("flow", FLOWS)
+def test_a_first_stage_is_asked_where_that_saves_encoders(flow):
+    """KALM's own comes out of its last step."""
+
+    def encoders(outputs) -> int:
+        return sum(step.stage.kind == "encoder" for step in FLOWS[flow].steps_for(outputs))
+
+    first = FIRST.get(flow, "global_probability")
+    assert (encoders([first]) <= encoders(FLOWS[flow].outputs) - 2) == (flow in FIRST)
+
+
+def test_within_the_band_the_whole_flow_answers(fake_server):
+    (triaged,) = ask(fake_server, Band(0, 1), [pixels(1)])
+    assert [set(names) for names in fake_server.asked] == [{"main_probability"}, set(FLOWS["msfm"].outputs)]
+    assert triaged.whole
+    assert triaged.probability == triaged.result.probability_with_parts
+    assert triaged.result.box is not None
+    assert fake_server.sent[0] == fake_server.sent[1]
+
+
+def test_the_band_decides_image_by_image(fake_server):
+    images = [pixels(seed) for seed in range(12)]
+    first = [each.probability for each in ask(fake_server, NOBODY, images)]
+    band = Band(0.3, 0.7)
+    found = ask(fake_server, band, images)
+    assert [each.whole for each in found] == band.holds(first).tolist()
+    assert {each.whole for each in found} == {True, False}
+    (without_parts,) = ask(fake_server, Band(0, 1), images[:1], parts=False)
+    assert without_parts.probability == without_parts.result.probability
+
+
+def test_one_bad_image_takes_no_other_along(fake_server, refusal):
+    bad = pixels(3)
+    fake_server.behave = refusal(grpc.StatusCode.INVALID_ARGUMENT, "blank radiograph", of=to_pgm(bad))
+    good, refused, last = ask(fake_server, Band(0, 1), [pixels(1), bad, pixels(2)])
+    assert isinstance(refused, RequestRejected)
+    assert isinstance(good, Triaged)
+    assert isinstance(last, Triaged)
+
+
+@pytest.mark.parametrize("flow", ["kalm", "msfn"])
+def test_a_flow_without_a_first_stage_is_named(flow):
+    with pytest.raises(ValueError, match=f"flow '{flow}' has no first stage to ask: expected one of msfm"):
+        TriageClient("127.0.0.1:1", NOBODY, flow)

@@ -1,0 +1,204 @@
+"""What a repository has to keep beside the contracts and the wiring, a function for each rule; configs.py checks those.
+
+Why each rule holds is told where it is kept, in the `config.pbtxt` files and in gpu/README.md.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+
+from tritonclient.grpc.model_config_pb2 import DataType, ModelConfig, ModelInstanceGroup
+from tritonclient.utils import triton_to_np_dtype
+
+from scaphoid.export.artefacts import WARMUP
+from scaphoid.export.tensorrt_engines.build_engines import BATCHES
+from scaphoid.trainer.contracts import ENCODED, STAGES
+from scaphoid.trainer.flows import FLOWS, Flow
+from scaphoid.triton_repo.configs import CONFIG, TARGETS, ConfigError, check, expect, read
+from scaphoid.triton_repo.memory import BOUNDED, SERVER_FLAGS, server_flags, step_limit
+
+INTERACTIVE, BATCH = 1, 2  # priority of a request: a person waits for it, or a program
+LONGEST_WAIT_S = 30  # in the first step's queue
+
+Rule = Callable[[Path, ModelConfig], None]
+
+
+def names_no_kind(path: Path, config: ModelConfig) -> None:
+    """KIND_GPU refuses to load without a GPU, and KIND_CPU keeps a model from the GPU that is there."""
+    for group in config.instance_group:
+        expect(path, "kind of an instance_group", group.kind, ModelInstanceGroup.KIND_AUTO)
+        expect(path, "gpus of an instance_group", list(group.gpus), [])
+
+
+def takes_one_image(path: Path, config: ModelConfig) -> None:
+    """A request of several images fails as a whole for one of them."""
+    if config.name in FLOWS:
+        expect(path, "max_batch_size", config.max_batch_size, 1)
+
+
+def batches(path: Path, config: ModelConfig) -> None:
+    """Requests batch, and those of the first step whatever the length of their files."""
+    if config.name in STAGES:
+        expect(path, "dynamic_batching given", config.HasField("dynamic_batching"), True)
+    for tensor in config.input:
+        expect(path, f"allow_ragged_batch of {tensor.name}", tensor.allow_ragged_batch, tensor.name == ENCODED.name)
+
+
+def limits_the_first_step_alone(path: Path, config: ModelConfig) -> None:
+    """What is rejected later wastes the work done before."""
+    if config.name not in STAGES:
+        return
+    batching = config.dynamic_batching
+    levels = range(1, batching.priority_levels + 1)
+    policies = [batching.priority_queue_policy[level] for level in levels if level in batching.priority_queue_policy]
+    policies = policies if len(policies) == len(levels) > 0 else [batching.default_queue_policy]
+    first = STAGES[config.name].kind == "preprocess"
+    for policy in policies:
+        expect(path, "queue limited", policy.max_queue_size > 0, first)
+        wait = policy.default_timeout_microseconds
+        expect(path, f"time-out, at most {LONGEST_WAIT_S} s", 0 < wait <= LONGEST_WAIT_S * 1_000_000, first)
+
+
+def runs_glue_plainly(path: Path, config: ModelConfig) -> None:
+    """TorchScript's profiling executor compiles anew during its first runs."""
+    if config.name in STAGES and STAGES[config.name].kind == "glue":
+        found = config.parameters["DISABLE_OPTIMIZED_EXECUTION"].string_value
+        expect(path, "DISABLE_OPTIMIZED_EXECUTION", found, "true")
+
+
+def caches_no_response(path: Path, config: ModelConfig) -> None:
+    """No radiograph comes twice, and none is kept."""
+    expect(path, "response_cache", config.response_cache.enable, False)
+
+
+def warms_no_ensemble(path: Path, config: ModelConfig) -> None:
+    """Triton refuses to load one that does."""
+    if config.name in FLOWS:
+        expect(path, "number of model_warmup", len(config.model_warmup), 0)
+
+
+def warms_every_member(path: Path, config: ModelConfig) -> None:
+    """From a sample of every input; the largest batch is among them, for it needs the most memory."""
+    if config.name not in STAGES:
+        return
+    sizes = [warmup.batch_size for warmup in config.model_warmup]
+    expect(path, "largest batch_size of model_warmup", max(sizes, default=0), config.max_batch_size)
+    for warmup in config.model_warmup:
+        where = f"model_warmup {warmup.name}"
+        expect(path, f"inputs of {where}", sorted(warmup.inputs), sorted(tensor.name for tensor in config.input))
+        for tensor in config.input:
+            sample = warmup.inputs[tensor.name]
+            expect(path, f"data_type of {tensor.name} in {where}", sample.data_type, tensor.data_type)
+            if tensor.name != ENCODED.name:
+                expect(path, f"dims of {tensor.name} in {where}", list(sample.dims), list(tensor.dims))
+            expect(path, f"input_data_file of {tensor.name} in {where}", sample.input_data_file, tensor.name)
+
+
+def ranks_requests(path: Path, config: ModelConfig) -> None:
+    """In every queue, for the long one is not the first step's. A request that names no priority is interactive."""
+    if config.name in STAGES:
+        batching = config.dynamic_batching
+        expect(path, "priority_levels", batching.priority_levels, BATCH)
+        expect(path, "default_priority_level", batching.default_priority_level, INTERACTIVE)
+        if STAGES[config.name].kind == "preprocess":
+            policies = batching.priority_queue_policy
+            expect(path, "levels of priority_queue_policy", sorted(policies), [INTERACTIVE, BATCH])
+            expect(path, "allow_timeout_override", {p.allow_timeout_override for p in policies.values()}, {True})
+
+
+def fits_the_engine(path: Path, config: ModelConfig) -> None:
+    """The engine's only profile, its largest batch, and CUDA graphs inside both."""
+    if config.name not in STAGES or STAGES[config.name].kind != "encoder":
+        return
+    expect(path, "max_batch_size", config.max_batch_size, BATCHES[-1])
+    expect(path, "profile", [list(group.profile) for group in config.instance_group], [["0"]])
+    graphs = config.optimization.cuda
+    expect(path, "CUDA graphs", graphs.graphs, True)
+    sizes = [spec.batch_size for spec in graphs.graph_spec]
+    inside = {*BATCHES} <= {*sizes} <= {*range(1, BATCHES[-1] + 1)} and len({*sizes}) == len(sizes)
+    if not inside:
+        raise ConfigError(f"{path}: batch sizes of graph_spec: expected each once, {list(BATCHES)} among them: {sizes}")
+    for spec in graphs.graph_spec:
+        shapes = {name: list(shape.dim) for name, shape in spec.input.items()}
+        expect(path, "shapes of graph_spec", shapes, {tensor.name: list(tensor.dims) for tensor in config.input})
+        expect(path, "graph_lower_bound given", spec.HasField("graph_lower_bound"), False)
+
+
+EVERYWHERE: tuple[Rule, ...] = (
+    names_no_kind,
+    takes_one_image,
+    batches,
+    limits_the_first_step_alone,
+    runs_glue_plainly,
+    caches_no_response,
+    warms_no_ensemble,
+)
+RULES = {"cpu": EVERYWHERE, "gpu": (*EVERYWHERE, warms_every_member, ranks_requests, fits_the_engine)}
+
+
+def check_repository(folder: Path, target: str, flows: Iterable[str] = tuple(FLOWS)) -> dict[str, ModelConfig]:
+    """The configurations of `flows` and all their models, by name, after each was held against the contracts, the flow
+    table and the rules for `target`. Raises ConfigError for the first that disagrees."""
+    flows = tuple(flows)
+    stages = dict.fromkeys(stage for flow in flows for stage in FLOWS[flow].stages)
+    configs = {name: check(folder / name / CONFIG, target) for name in (*stages, *flows)}
+    for name, config in configs.items():
+        for rule in RULES[target]:
+            rule(folder / name / CONFIG, config)
+    for flow in flows:
+        fits_together(folder, FLOWS[flow], configs)
+    return configs
+
+
+def fits_together(folder: Path, flow: Flow, configs: Mapping[str, ModelConfig]) -> None:
+    """Every step takes its tensors in the size in which another gives them."""
+    given = {tensor.name: list(tensor.dims) for tensor in configs[flow.name].input}
+    for step in flow.steps:
+        path = folder / step.stage.name / CONFIG
+        for tensor in configs[step.stage.name].input:
+            name = step.inputs[tensor.name]
+            expect(path, f"dims of input {tensor.name}, as {flow.name}'s {name}", list(tensor.dims), given[name])
+        given |= {step.outputs[tensor.name]: list(tensor.dims) for tensor in configs[step.stage.name].output}
+
+
+def check_assembled(repository: Path, manifest: Mapping) -> None:
+    """An assembled repository, whose `manifest` says for which target: all of check_repository, and what only is there
+    once artefacts are. Raises ConfigError."""
+    target, flows = manifest["target"], manifest["flows"]
+    if target not in TARGETS:
+        raise ConfigError(f"{repository}: target {target}: expected one of {', '.join(TARGETS)}")
+    configs = check_repository(repository, target, flows)
+    for name, config in configs.items():
+        path = repository / name / CONFIG
+        for tensor in (*config.input, *config.output) if name in STAGES else ():
+            expect(path, f"open dims of {tensor.name}", -1 in tensor.dims, tensor.name == ENCODED.name)
+        _warmup_files(path, config)
+    if target == "gpu":
+        limit = step_limit(configs["preprocess"])
+        for flow in flows:
+            _bounds(repository / flow / BOUNDED, configs[flow], limit)
+        flags = (repository / SERVER_FLAGS).read_text().splitlines()
+        expect(
+            repository / SERVER_FLAGS, "flags", flags, server_flags(flows, manifest["stages"], configs["preprocess"])
+        )
+
+
+def _warmup_files(path: Path, config: ModelConfig) -> None:
+    for warmup in config.model_warmup:
+        for name, sample in warmup.inputs.items():
+            file = path.parent / WARMUP / sample.input_data_file
+            if not file.is_file():
+                raise ConfigError(f"{path}: model_warmup {warmup.name}: expected the file {file}, it is missing")
+            dtype = triton_to_np_dtype(DataType.Name(sample.data_type).removeprefix("TYPE_"))
+            size = math.prod(sample.dims) * dtype().itemsize
+            expect(file, f"bytes of {name}", file.stat().st_size, size)
+
+
+def _bounds(path: Path, config: ModelConfig, limit: int) -> None:
+    """The ensemble's second configuration, in the file `path`, is `config` with a limit, and nothing else."""
+    expected = ModelConfig()
+    expected.CopyFrom(config)
+    expected.ensemble_scheduling.max_inflight_requests = limit
+    if (found := read(path)) != expected:
+        got = found.ensemble_scheduling.max_inflight_requests
+        raise ConfigError(f"{path}: expected {CONFIG} with max_inflight_requests {limit}, got another one, with {got}")

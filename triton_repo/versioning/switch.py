@@ -1,0 +1,105 @@
+"""Another version of the models under a running server: loaded beside the present one, tried, and then served, with no
+request lost; whatever fails on the way leaves the present one.
+
+A flow changes at one moment, when Triton loads its new configuration. Requests that began before it still run through
+the old version's stages, which are unloaded only when Triton has finished with the old flow.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from scaphoid.export.artefacts import ManifestError
+from scaphoid.trainer.flows import FLOWS
+from scaphoid.triton_repo.supervisor.api import ServerError, TritonApi
+from scaphoid.triton_repo.supervisor.canary import CanaryLate, canary
+from scaphoid.triton_repo.versioning import versions
+
+DRAIN_TIMEOUT_S = 60.0
+CANDIDATE = "_candidate"
+
+
+def switch(api: TritonApi, repository: Path, flows: Sequence[str], version: int, report: Callable[..., None]) -> dict:
+    """Serve `version` of `flows`; returns what is served then. Raises ServerError, ManifestError as one: the version
+    before is served further."""
+    began = time.monotonic()
+    try:
+        with versions.changing(repository) as manifest:
+            present = manifest["version"]
+            checked(manifest, version)
+            try:
+                _switch(api, repository, flows, present, version)
+                previous = None if version == manifest["previous"] else present
+                content = versions.finish(repository, version, manifest["versions"], previous)
+            except (ServerError, OSError) as error:
+                versions.settle(repository)
+                _restore(api, flows)
+                line = f"version {version} is not served: {error}; version {present} is, further"
+                report(line, event="switch_failed", version=version, level="error")
+                raise ServerError(line) from None
+    except ManifestError as error:
+        raise ServerError(str(error)) from None
+    seconds = round(time.monotonic() - began, 1)
+    report(f"version {version} is served, in place of {present}; {seconds} s", event="switched", version=version)
+    return {"version": content["version"], "previous": content["previous"], "seconds": seconds}
+
+
+def checked(manifest: dict, version: int) -> None:
+    """Raises ServerError for a version that cannot be switched to."""
+    if version not in manifest["versions"]:
+        raise ServerError(f"there is no version {version}: there are {', '.join(map(str, manifest['versions']))}")
+    if version == manifest["version"]:
+        raise ServerError(f"version {version} is served already")
+
+
+def _switch(api: TritonApi, repository: Path, flows: Sequence[str], present: int, version: int) -> None:
+    stages = _stages(flows)
+    versions.lay_beside(repository, stages, [present, version])
+    for name in stages:  # one after the other: each takes memory twice for a while
+        api.load(name)
+    for flow in flows:
+        _try(api, repository, flow, version)
+    for flow in flows:
+        versions.lay_out(repository, version, flow)
+        api.load(flow)
+    for flow in flows:
+        _answers(api, flow)
+    api.await_unloaded(flows, present, DRAIN_TIMEOUT_S)
+    versions.lay_out(repository, version)
+    for name in stages:
+        api.load(name)
+
+
+def _try(api: TritonApi, repository: Path, flow: str, version: int) -> None:
+    """A canary through the stages of `version`, by a flow that no client knows."""
+    config = versions.config_of(repository, flow, version)
+    config.name = flow + CANDIDATE
+    api.load(config.name, config, {f"{version}/.keep": b" "})
+    try:
+        _answers(api, flow, config.name)
+    finally:
+        with suppress(ServerError):
+            api.unload(config.name)
+
+
+def _answers(api: TritonApi, flow: str, model: str = "") -> None:
+    """Raises ServerError unless a canary is answered; one that waits behind others' requests is sent again."""
+    deadline = time.monotonic() + DRAIN_TIMEOUT_S
+    while True:
+        try:
+            return canary(api, flow, model)
+        except CanaryLate:
+            if time.monotonic() > deadline:
+                raise
+
+
+def _restore(api: TritonApi, flows: Sequence[str]) -> None:
+    """Load what the repository says again, flows first: they may run on the version that is given up."""
+    for name in (*flows, *_stages(flows)):
+        with suppress(ServerError):
+            api.load(name)
+
+
+def _stages(flows: Sequence[str]) -> list[str]:
+    return list(dict.fromkeys(step.stage.name for flow in flows for step in FLOWS[flow].steps))
