@@ -21,7 +21,7 @@ from scaphoid.triton_repo.supervisor.ports import free_ports
 from scaphoid.triton_repo.supervisor.server import running_server
 from scaphoid.triton_repo.versioning.versions import begin, weights_hash
 
-DASHBOARD = Path(scaphoid.triton_repo.monitoring.metrics.__file__).parent / "deploy" / "grafana.json"
+DASHBOARD = Path(scaphoid.triton_repo.monitoring.metrics.__file__).parents[1] / "deploy" / "grafana.json"
 METRIC = re.compile(r"\b(?:nv|scaphoid)_[a-z_]+")
 SELECTED = re.compile(r"\b((?:nv|scaphoid)_[a-z_]+)\{([^}]*)\}")
 
