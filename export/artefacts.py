@@ -67,7 +67,8 @@ def write_manifest(folder: Path, content: dict) -> None:
     """Write `content` with the sha256 of every file in `folder`; the manifest comes last, so a cut-off run has none."""
     files = {name: sha256(folder / name) for name in _files(folder)}
     partial = folder / (MANIFEST + ".partial")
-    partial.write_text(json.dumps({"format": FORMAT, **content, "files": files}, indent=2) + "\n")
+    text = json.dumps({"format": FORMAT, **content, "files": files}, indent=2, allow_nan=False)
+    partial.write_text(text + "\n")
     partial.replace(folder / MANIFEST)
 
 
@@ -78,7 +79,7 @@ def read_manifest(folder: Path) -> dict:
         raise ManifestError(f"{folder} has no {MANIFEST}: it is not a finished folder of scaphoid-export or assemble")
     try:
         manifest = json.loads(path.read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ManifestError(f"{path} is not JSON ({error}): write it again with scaphoid-export or assemble") from None
     if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
         raise ManifestError(f"{path} lists no files: write it again with scaphoid-export or assemble")
@@ -92,6 +93,11 @@ def verify(folder: Path) -> dict:
     is missing, changed or unknown to the manifest."""
     manifest = read_manifest(folder)
     files = manifest["files"]
+    for path in folder.rglob("*"):
+        if path.is_symlink() or not (path.is_file() or path.is_dir()):
+            raise ManifestError(
+                f"{path} is a link or a special file, whose content may change: assemble the folder again"
+            )
     present = set(_files(folder))
     if missing := sorted(set(files) - present):
         raise ManifestError(

@@ -62,10 +62,13 @@ def choose_images(index: Index, seed: int = 0) -> tuple[Index, Index]:
             f"{where}: {count[0]} normal and {count[1]} abnormal training radiographs, expected at least "
             f"{OF_EACH_CLASS} of each: calibrate on a larger data set"
         )
-    return tuple(
-        balanced(half, images, seed)
-        for half, images in zip(split_by_patient(train, 0.5, seed), (CALIBRATION, VALIDATION), strict=True)
-    )
+    halves = split_by_patient(train, 0.5, seed)
+    if any({radiograph.label for radiograph in half.radiographs} != {0, 1} for half in halves):
+        raise CalibrationError(
+            f"{where}: the images of a class are of too few patients to measure on some and judge by others: "
+            "calibrate on a data set with several patients of each class"
+        )
+    return tuple(balanced(half, images, seed) for half, images in zip(halves, (CALIBRATION, VALIDATION), strict=True))
 
 
 def balanced(index: Index, images: int, seed: int) -> Index:

@@ -12,6 +12,7 @@ OUT.rejected, with its report and without a manifest: nothing serves it.
 
 import json
 import shutil
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -67,6 +68,9 @@ def export(
     if (precision == "int8") != (calibration is not None):
         raise ExportError("--precision int8 and --calibration INDEX go together: int8 is calibrated on training images")
     chosen = prepare(calibration) if calibration else None
+    out = out.resolve()  # what a link names is replaced, not the link
+    if out.is_mount():
+        raise ExportError(f"--out {out} is a mount point, which cannot be replaced as one: choose a folder inside it")
     also = choose([*formats, *(["onnx"] if precision == "int8" else [])])
     if taken := [path for path in (out, *out.parents) if path.exists() and not path.is_dir()]:
         raise ExportError(f"--out {out}: {taken[0]} is a file: artefacts need a folder of their own")
@@ -205,6 +209,16 @@ def main() -> None:
     if sys.argv[1:2] == ["check-rtx"]:
         return rtx_compile_check.main(sys.argv[2:])
     arguments = tyro.cli(Arguments)
+    if arguments.accept and not arguments.accept.strip():
+        sys.exit("scaphoid-export: --accept: expected the reason to publish what fails, got blanks")
+    interrupted = []
+
+    def interrupt(number: int, _: object) -> None:
+        interrupted.append(number)
+        raise KeyboardInterrupt
+
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, interrupt)
     try:
         content = export(
             arguments.weights,
@@ -218,6 +232,12 @@ def main() -> None:
         )
     except (ExportError, GateError, OSError, ValueError) as error:
         sys.exit(f"scaphoid-export: {error}")
+    except KeyboardInterrupt:
+        sys.exit("scaphoid-export: interrupted, nothing was published")
+    except Exception:
+        if not interrupted:  # OpenVINO hides KeyboardInterrupt in an error of its own
+            raise
+        sys.exit("scaphoid-export: interrupted, nothing was published")
     if (real := effective_precision(arguments.precision)) != arguments.precision:
         print(f"this CPU has no {arguments.precision}: served here, the engines run in {real}")
     served = f"flows {', '.join(content['flows'])}, {content['precision']}, {len(content['stages'])} stages"

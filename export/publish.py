@@ -9,6 +9,7 @@ from scaphoid.export.model_card import model_card
 from scaphoid.export.parity_report import markdown
 
 REJECTED = ".rejected"
+EARLIER = ".earlier"  # for the moment between two renames
 
 
 class GateError(Exception):
@@ -26,6 +27,7 @@ def publish(partial: Path, out: Path, content: dict, report: dict, accept: str =
     (partial / PARITY_REPORT).write_text(markdown(report))
     rejected = out.with_name(out.name + REJECTED)
     shutil.rmtree(rejected, ignore_errors=True)
+    accept = " ".join(accept.split())
     if not report["passed"] and not accept:
         partial.rename(rejected)
         lines = "\n  ".join(report["failures"])
@@ -38,6 +40,15 @@ def publish(partial: Path, out: Path, content: dict, report: dict, accept: str =
     content |= {"reference": report["reference"]}
     (partial / MODEL_CARD).write_text(model_card(content, report))
     write_manifest(partial, content)
-    shutil.rmtree(out, ignore_errors=True)
-    partial.rename(out)
+    earlier = out.with_name(out.name + EARLIER)
+    shutil.rmtree(earlier, ignore_errors=True)
+    if out.exists():
+        out.rename(earlier)
+    try:
+        partial.rename(out)
+    except OSError:
+        if earlier.exists():
+            earlier.rename(out)
+        raise
+    shutil.rmtree(earlier, ignore_errors=True)
     return content

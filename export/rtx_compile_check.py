@@ -34,7 +34,7 @@ from scaphoid.export.tensorrt_engines.build_engines import (
 from scaphoid.trainer.contracts import STAGES
 
 ARCHITECTURES = (80, 86, 89, 120)
-MISSING = "RTX compile check: skipped, tensorrt_rtx is not installed; pip install 'scaphoid[rtx]'"
+MISSING = "RTX compile check: not run, tensorrt_rtx is not installed; pip install 'scaphoid[rtx]'"
 TIMEOUT = 600  # seconds for one build
 
 
@@ -119,10 +119,11 @@ class Arguments:
 def main(args: list[str] | None = None) -> None:
     arguments = tyro.cli(Arguments, prog="scaphoid-export check-rtx", args=args)
     if not available():
-        print(MISSING)
-        return
+        sys.exit(f"check-rtx: {MISSING}")
     try:
         results = check_artefacts(arguments.artefacts, arguments.architectures)
+        if not results:
+            raise ManifestError(f"{arguments.artefacts}: nothing to compile, expected an encoder and an architecture")
     except (ManifestError, OSError) as error:
         sys.exit(f"check-rtx: {error}")
     table = Table("ONNX", "sm", "layers", "layers by type", "MiB", "seconds", "compiles")

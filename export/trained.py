@@ -71,13 +71,16 @@ def origin(path: Path, model: Model, stages: Mapping[str, nn.Module]) -> dict:
     """What the manifest says of one weights file: the flows that run on it, and what its metadata tell: `phantoms`, the
     generator's version, when it was trained on drawn radiographs; threshold and licence."""
     facts = read_metadata(path)
+    threshold = facts.get("threshold", 0.5)
+    if isinstance(threshold, bool) or not isinstance(threshold, int | float) or not 0 <= threshold <= 1:
+        raise ExportError(f"{path}: the threshold in its metadata is {threshold!r}, expected a number from 0 to 1")
     return {
         "file": path.name,
         "sha256": sha256(path),
         "system": model.system,
         "config": asdict(model.config),
         "flows": [flow.name for flow in flows_of(stages)],
-        "threshold": facts.get("threshold", 0.5),
+        "threshold": threshold,
         "threshold_from": "the weights file" if "threshold" in facts else "the default: none was fitted",
         "probability_calibration": None,
         "licence": facts.get("licence", "not stated in the weights file"),

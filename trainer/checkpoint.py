@@ -16,6 +16,7 @@ from scaphoid.trainer.models.plain import Plain, PlainConfig
 SYSTEMS = {"plain": (Plain, PlainConfig), "kalm": (Kalm, KalmConfig), "msfm": (Msfm, MsfmConfig)}
 Model = Plain | Kalm | Msfm
 METADATA_KEY = "scaphoid"
+SIZES, SIDES = ("image_size", "part_size", "key_size"), (32, 4096)  # options in pixels, and their range
 SCALE = ".scale"  # beside an int8 tensor: what to multiply its output channels by
 
 
@@ -46,11 +47,12 @@ def read_metadata(path: Path) -> dict:
     """The metadata that `save_model` wrote. Raises ValueError when `path` is not such a file."""
     try:
         with safe_open(path, "pt") as file:
-            return json.loads(file.metadata()[METADATA_KEY])
+            return json.loads((file.metadata() or {})[METADATA_KEY])
     except FileNotFoundError:
         raise ValueError(f"no weights file at {path}; train one with scaphoid-train") from None
     except Exception as error:
-        raise ValueError(f"{path} is not a safetensors file written by scaphoid-train: {error}") from error
+        reason = "it has no metadata of ours" if isinstance(error, KeyError) else error
+        raise ValueError(f"{path} is not a safetensors file written by scaphoid-train: {reason}") from error
 
 
 def load_model(path: Path) -> Model:
@@ -61,16 +63,25 @@ def load_model(path: Path) -> Model:
         config = config_class(**metadata["config"])
     except (KeyError, TypeError) as error:
         raise ValueError(f"{path} is of a system or an option that this version does not know: {error}") from error
-    model = model_class(config, pretrained=config.backbone == PACKAGED)
+    for name, side in dataclasses.asdict(config).items():
+        if name in SIZES and (type(side) is not int or not SIDES[0] <= side <= SIDES[1]):
+            raise ValueError(f"{path}: its {name} is {side!r}, expected pixels from {SIDES[0]} to {SIDES[1]}")
+    try:
+        model = model_class(config, pretrained=config.backbone == PACKAGED)
+    except Exception as error:  # whatever an option out of range meets in timm or torch
+        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{path}: no {metadata['system']} can be made of its options ({line})") from error
     with safe_open(path, "pt") as file:
         state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - safe_open is not a mapping
     for name in [name for name, tensor in state.items() if tensor.dtype == torch.int8]:
-        scale = state.pop(name + SCALE)
+        if (scale := state.pop(name + SCALE, None)) is None:
+            raise ValueError(f"{path}: {name} is int8 but has no {name + SCALE}")
         state[name] = state[name] * scale.view(-1, *[1] * (state[name].ndim - 1))
     try:
         missing, unexpected = model.load_state_dict(state, strict=False)
     except RuntimeError as error:
-        raise ValueError(f"{path} does not fit {metadata['system']}: {error}") from error
+        first = str(error).strip().splitlines()[:2][-1].strip()
+        raise ValueError(f"{path} does not fit {metadata['system']}: {first}") from error
     missing = [name for name in missing if not _comes_with_a_package(name, config.backbone)]
     if missing or unexpected:
         raise ValueError(

@@ -1,6 +1,7 @@
 """What goes into a manifest, what does not verify, and exports that cannot be: one line, and nothing half-written."""
 
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -10,6 +11,8 @@ import numpy as np
 import pytest
 
 from scaphoid.export import artefacts
+from scaphoid.export import publish as publish_module
+from scaphoid.export import trained as trained_module
 from scaphoid.export.artefacts import MANIFEST, ManifestError, accepted, verify, write_manifest
 
 
@@ -145,3 +148,43 @@ def test_a_full_disk_leaves_earlier_artefacts_and_nothing_half_written(tmp_path)
     assert "Traceback" not in done.stderr
     assert verify(out)["flows"] == []
     assert sorted(path.name for path in tmp_path.iterdir()) == ["artefacts", "kalm.safetensors"]
+
+
+def test_links_and_special_files_do_not_verify(folder, tmp_path):
+    """What a link names can change after it was verified."""
+    (folder / "evil").symlink_to(tmp_path)
+    with pytest.raises(ManifestError, match=r"evil is a link or a special file"):
+        verify(folder)
+    (folder / "evil").unlink()
+    os.mkfifo(folder / "pipe")
+    with pytest.raises(ManifestError, match=r"pipe is a link or a special file"):
+        verify(folder)
+
+
+def test_earlier_artefacts_stay_when_the_new_ones_cannot_take_their_place(tmp_path, monkeypatch):
+    out, partial = tmp_path / "out", tmp_path / "out.partial"
+    for each in (out, partial):
+        each.mkdir()
+    (out / "earlier").touch()
+    monkeypatch.setattr(publish_module, "model_card", lambda *_: "")
+    monkeypatch.setattr(publish_module, "markdown", lambda *_: "")
+    rename = Path.rename
+
+    def busy(path, target):
+        if path == partial:
+            raise OSError(16, "Device or resource busy")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", busy)
+    report = {"passed": True, "images": {}, "notes": [], "failures": [], "reference": {}}
+    with pytest.raises(OSError, match="busy"):
+        publish_module.publish(partial, out, {}, report)
+    assert [each.name for each in out.iterdir()] == ["earlier"]
+    assert sorted(each.name for each in tmp_path.iterdir() if each.name.startswith("out")) == ["out", "out.partial"]
+
+
+@pytest.mark.parametrize("threshold", [float("nan"), 7, "abc", None, True])
+def test_a_threshold_is_a_probability(threshold, tmp_path, monkeypatch):
+    monkeypatch.setattr(trained_module, "read_metadata", lambda path: {"threshold": threshold})
+    with pytest.raises(trained_module.ExportError, match=r"weights\.safetensors: the threshold .* from 0 to 1"):
+        trained_module.origin(tmp_path / "weights.safetensors", None, {})

@@ -148,3 +148,6 @@ def test_files_that_do_not_fit_are_refused_by_name(tmp_path):
     refused(rewritten(path, drop="encoder.classifier.bias"), r"missing \['encoder.classifier.bias'\]")
     refused(rewritten(path, backbone="test_efficientnet"), "does not fit plain")
     refused(rewritten(path, backbone="resnet18"), "does not fit plain")
+    refused(rewritten(path, image_size=0), r"m\.safetensors: its image_size is 0, expected pixels from 32 to 4096")
+    refused(rewritten(path, image_size="big"), "its image_size is 'big'")
+    refused(rewritten(path, backbone=7), r"m\.safetensors: no plain can be made of its options")
