@@ -19,8 +19,9 @@ from pathlib import Path
 import scaphoid.kernels
 from scaphoid.export.artefacts import ManifestError, verify, write_manifest
 from scaphoid.export.edge.flow import BATCH
+from scaphoid.export.edge.manifest import check
 from scaphoid.export.edge.memory import MIB, budgets
-from scaphoid.export.tensorrt_engines.build_engines import encoders, onnx_file
+from scaphoid.export.tensorrt_engines.build_engines import encoders, no_onnx, onnx_file
 
 STARTS = (
     "scaphoid.export.edge.command",
@@ -41,13 +42,24 @@ def bundle(
     """Writes the folder `out`, which must not be there yet, telling each step. Raises ManifestError for artefacts that
     are damaged or hold no ONNX of that precision, OSError when `out` exists or wheels cannot be fetched."""
     manifest = verify(artefacts)
-    models = [onnx_file(stage, precision) for stage in encoders(manifest)]
-    if missing := [name for name in models if name not in manifest["files"]]:
-        raise ManifestError(f"{artefacts} holds no {missing[0]}: export it with --formats onnx")
+    check(artefacts, manifest)
+    stages = encoders(manifest)
+    if missing := [stage for stage in stages if onnx_file(stage, precision) not in manifest["files"]]:
+        raise ManifestError(no_onnx(artefacts, missing[0], precision))
     if out.exists():
         raise FileExistsError(f"{out} is there already: choose another folder")
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
+    try:
+        yield from _fill(partial, artefacts, manifest, precision, wheels, python)
+        partial.rename(out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    yield f"{out}: copy it to the device and run there: sudo sh install.sh"
+
+
+def _fill(partial: Path, artefacts: Path, manifest: dict, precision: str, wheels: bool, python: str) -> Iterator[str]:
+    models = [onnx_file(stage, precision) for stage in encoders(manifest)]
     for name in models:
         _copy(artefacts / name, partial / "artefacts" / name)
     write_manifest(partial / "artefacts", {key: value for key, value in manifest.items() if key != "files"})
@@ -66,8 +78,6 @@ def bundle(
     if wheels:
         _download(partial / "wheels", python)
         yield f"wheels: {', '.join(sorted(path.name for path in (partial / 'wheels').iterdir()))}"
-    partial.rename(out)
-    yield f"{out}: copy it to the device and run there: sudo sh install.sh"
 
 
 def needs(artefacts: Path, precision: str) -> str:

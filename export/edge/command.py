@@ -13,7 +13,7 @@ import argparse
 import json
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from threading import Event
@@ -30,9 +30,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     asked = _parser().parse_args(arguments)
     try:
         return asked.run(asked) or 0
-    except (ManifestError, OpError, versions.VersionError, ValueError, OSError) as error:
-        print(f"scaphoid-edge: {error}", file=sys.stderr)
+    except (ManifestError, OpError, versions.VersionError, ValueError, OSError, RuntimeError) as error:
+        print(f"scaphoid-edge: {' '.join(str(error).split())}", file=sys.stderr)  # an engine's has several lines
         return 2
+
+
+def _between(kind: type, least: float, most: float) -> Callable[[str], float]:
+    """An argument's type: numbers of that `kind` from `least` to `most`."""
+
+    def number(text: str) -> float:
+        if not least <= (value := kind(text)) <= most:
+            raise argparse.ArgumentTypeError(f"{text}: expected {least} to {most}")
+        return value
+
+    return number
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -54,19 +65,25 @@ def _parser() -> argparse.ArgumentParser:
     ):
         made.add_argument("--flow", default="msfm", choices=list(FLOWS))
         made.add_argument("--engines", default="openvino", choices=list(BACKENDS))
-        made.add_argument("--threads", type=int, default=0, help="of each engine and of decoding; 0: all cores")
+        made.add_argument(
+            "--threads", type=_between(int, 0, 1024), default=0, help="of each engine and of decoding; 0: all cores"
+        )
         made.add_argument("--no-parts", action="store_true", help="leave MSFM's windows unclassified: half the cost")
         if made.prog.endswith("watch"):
             made.add_argument(
-                "--threshold", type=float, help="abnormal at this probability or above; default: the artefacts' own"
+                "--threshold",
+                type=_between(float, 0, 1),
+                help="abnormal at this probability or above; default: the artefacts' own",
             )
-            made.add_argument("--seconds", type=float, default=1.0, help="between two looks at the folder")
+            made.add_argument(
+                "--seconds", type=_between(float, 0.01, 86400), default=1.0, help="between two looks at the folder"
+            )
         else:
             made.add_argument("images", nargs="+")
     memory = command("memory", _memory, "artefacts")
-    memory.add_argument("--batch", type=int, nargs="+", default=[1, 4, 8])
+    memory.add_argument("--batch", type=_between(int, 1, 1024), nargs="+", default=[1, 4, 8])
     memory.add_argument("--precision", default="f16", choices=["f32", "f16", "bf16"])
-    memory.add_argument("--threads", type=int, default=2, help="that decode at once")
+    memory.add_argument("--threads", type=_between(int, 1, 1024), default=2, help="that decode at once")
     bundle = command("bundle", _bundle, "artefacts", "out")
     bundle.add_argument(
         "--precision", default="f16", choices=["f32", "f16"], help="which ONNX the engines are built from"

@@ -19,6 +19,7 @@ import numpy as np
 
 from scaphoid.export.artefacts import MANIFEST, ManifestError, sha256, verify
 from scaphoid.export.edge.decode import decode
+from scaphoid.export.edge.manifest import check
 from scaphoid.export.edge.ops import OpError, Ops, load_library
 from scaphoid.export.edge.plan import Engine, HostPlan, decoded_tensors
 from scaphoid.trainer.contracts import STAGES
@@ -63,11 +64,12 @@ class Flow:
         """`engines`: openvino, or tensorrt, whose engines lie in the folder `engines` beside the artefacts. `threads`
         limits decoding and each engine (0: all cores).
 
-        Raises ManifestError when the artefacts are damaged or lack the flow, OpError without the op library, or
-        without TensorRT, a GPU or engines that were built on it.
+        Raises ManifestError when the artefacts are damaged, edited or lack the flow, OpError without the op library,
+        or without TensorRT, a GPU or engines that were built on it.
         """
         artefacts = Path(artefacts)
         manifest = verify(artefacts)
+        check(artefacts, manifest)
         if flow not in manifest["flows"]:
             raise ManifestError(f"{artefacts} has no flow {flow}: it has {', '.join(manifest['flows'])}")
         glue = [name for name in FLOWS[flow].stages if STAGES[name].kind == "glue"]
@@ -167,16 +169,14 @@ def _tensorrt(artefacts: Path, manifest: Mapping, flow: str, threads: int) -> Ca
     from scaphoid.export.edge.cuda_plan import CudaPlan
     from scaphoid.export.edge.cuda_runtime import CudaRuntime
     from scaphoid.export.edge.tensorrt_engine import TensorrtEngine
-    from scaphoid.export.tensorrt_engines.build_engines import PRECISIONS, BuildError, onnx_file
+    from scaphoid.export.tensorrt_engines.build_engines import PRECISIONS, BuildError, no_onnx, onnx_file
     from scaphoid.export.tensorrt_engines.load_engines import EngineError, load_engine
 
     runtime, library = CudaRuntime(), load_library()
     stages = encoders(flow)
     present = [each for each in PRECISIONS if onnx_file(stages[0], each) in manifest["files"]]
     if not present:
-        raise ManifestError(
-            f"{artefacts} holds no {onnx_file(stages[0], PRECISIONS[0])}: export it with --formats onnx"
-        )
+        raise ManifestError(no_onnx(artefacts, stages[0], PRECISIONS[0]))
     try:
         loaded = {name: load_engine(artefacts, artefacts.parent / "engines", name, present[0]) for name in stages}
     except (BuildError, EngineError) as error:

@@ -12,9 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from scaphoid.export.artefacts import read_manifest
+from scaphoid.export.artefacts import ManifestError, read_manifest
 from scaphoid.export.edge.flow import encoders
+from scaphoid.export.edge.manifest import check
 from scaphoid.export.edge.plan import allocate
+from scaphoid.export.tensorrt_engines.build_engines import no_onnx
 from scaphoid.trainer.data.header import MAX_PIXELS
 from scaphoid.trainer.flows import FLOWS
 
@@ -45,6 +47,7 @@ class Budget:
 def budgets(artefacts: Path, batches: list[int], precision: str, threads: int) -> list[Budget]:
     """One for each flow of `artefacts` and batch size, with `threads` decoding; needs OpenVINO, to read graphs."""
     manifest, decoding = read_manifest(artefacts), threads * MAX_PIXELS * DECODED_BYTES
+    check(artefacts, manifest)
     found = []
     for flow in manifest["flows"]:
         models = [_model(artefacts, name) for name in encoders(flow)]
@@ -61,6 +64,8 @@ def _model(artefacts: Path, stage: str) -> Any:
 
     openvino = artefacts / stage / "model.xml"
     onnx = sorted((artefacts / "onnx").glob(f"{stage}.*onnx"))
+    if not openvino.is_file() and not onnx:
+        raise ManifestError(no_onnx(artefacts, stage, "f32"))
     return ov.Core().read_model(str(openvino if openvino.is_file() else onnx[0]))
 
 

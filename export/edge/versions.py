@@ -33,9 +33,15 @@ def add(root: Path, artefacts: Path) -> Path:
     folder = root / VERSIONS / f"{max(taken, default=0) + 1:04}-{digest}"
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    shutil.copytree(artefacts, partial / "artefacts")
-    verify(partial / "artefacts")
-    partial.rename(folder)
+    try:
+        shutil.copytree(artefacts, partial / "artefacts")
+        verify(partial / "artefacts")
+        partial.rename(folder)
+    except shutil.Error as error:  # of every file that was not copied
+        _, _, why = error.args[0][0]
+        raise OSError(f"{artefacts} was not copied into {root}: {why}") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
     return folder
 
 
@@ -46,6 +52,8 @@ def use(root: Path, version: str) -> Path:
         there = ", ".join(path.name for path in _versions(root)) or "none"
         raise VersionError(f"{root} has no version {version!r}; it has {there}")
     verify(folder / "artefacts")
+    if (root / CURRENT).exists() and not (root / CURRENT).is_symlink():
+        raise VersionError(f"{root / CURRENT} is no link that was made here: move it away first")
     link = root / f".{CURRENT}.new"
     link.unlink(missing_ok=True)
     link.symlink_to(Path(VERSIONS, version))

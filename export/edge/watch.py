@@ -73,9 +73,15 @@ class Watch:
 
     def run(self, stop: Event, seconds: float = 1.0) -> None:
         """Looks every so many `seconds` until `stop` is set; what is being predicted then is finished first. Raises
-        BlockingIOError when `out` is taken by another process, OSError when it cannot be written."""
-        for folder in ("done", "rejected"):
-            (self.out / folder).mkdir(parents=True, exist_ok=True)
+        BlockingIOError when `out` is taken by another process, OSError when it cannot be written, ValueError when
+        `inbox` is a folder that results go to."""
+        if not self.inbox.is_dir():
+            raise NotADirectoryError(f"{self.inbox} is no folder: name the one that radiographs arrive in")
+        places = [self.out, self.out / "done", self.out / "rejected"]
+        if self.inbox.resolve() in [place.resolve() for place in places]:
+            raise ValueError(f"results would go into {self.inbox}, which is watched: name another folder for them")
+        for place in places:
+            place.mkdir(parents=True, exist_ok=True)
         with alone_in(self.out), Journal(self.out / JOURNAL) as journal:
             arrivals = Arrivals(self.inbox)
             while not stop.is_set():

@@ -16,6 +16,8 @@ import ctypes
 import hashlib
 import importlib
 import json
+import re
+import signal
 import subprocess
 import sys
 import time
@@ -37,6 +39,9 @@ ENGINE, COMPILED = "engine", "RTX compile check"  # what a file is
 VERSIONS = ("10", "11")
 DRIVER = "libcuda.so.1"
 MAJOR, MINOR = 75, 76  # the driver's attributes for the compute capability
+STAGE = re.compile(r"[A-Za-z0-9_]+")  # a stage's name becomes a file's
+ENTRY = {"stage", "kind", "key", "sha256"}  # what is read of an engine in the manifest, and of its key
+KEY = {"onnx", "tensorrt", "gpu", "precision", "shapes"}
 GAVE_UP = 3  # exit status of a process whose builder did
 
 
@@ -62,7 +67,7 @@ class Job:
     @property
     def file(self) -> str:
         digest = hashlib.sha256(json.dumps(self.key, sort_keys=True).encode()).hexdigest()
-        return f"{self.stage}-{digest[:12]}.{'rtx' if self.target else 'plan'}"
+        return f"{self.stage}-{digest[:12]}.{'plan' if self.target is None else 'rtx'}"
 
 
 Build = Callable[[Job, int, Path, Path], object]  # job, workspace in MiB, the file to write, the timing cache
@@ -78,14 +83,29 @@ def read_manifest(artefacts: Path) -> dict:
     path = artefacts / ARTEFACTS_MANIFEST
     try:
         manifest = json.loads(path.read_text())
-        return {"stages": dict(manifest["stages"]), "files": dict(manifest["files"])}
+        found = {"stages": dict(manifest["stages"]), "files": dict(manifest["files"])}
     except (OSError, ValueError, LookupError, TypeError):
         raise BuildError(f"{path} is no manifest of scaphoid-export: name its --out folder") from None
+    for name, stage in found["stages"].items():
+        if not STAGE.fullmatch(str(name)):
+            raise BuildError(f"{path} has a stage {name!r}: expected letters, digits and _; export again")
+        try:
+            if stage["kind"] == "encoder":
+                shapes_of(found, name)
+        except (LookupError, TypeError):
+            raise BuildError(f"{path} lacks the kind or the inputs of the stage {name}: export again") from None
+    return found
 
 
 def onnx_file(stage: str, precision: str) -> str:
     """Where the artefacts hold a stage's ONNX."""
     return f"onnx/{stage}{'' if precision == 'f32' else '.' + precision}.onnx"
+
+
+def no_onnx(artefacts: Path, stage: str, precision: str) -> str:
+    """What to say of artefacts without it."""
+    options = "--formats onnx" + (" --precision int8 --calibration INDEX" if precision == "int8" else "")
+    return f"{artefacts} holds no {onnx_file(stage, precision)}: export it with {options}"
 
 
 def encoders(manifest: Mapping) -> list[str]:
@@ -106,7 +126,7 @@ def make_jobs(
     for stage in encoders(manifest):
         name = onnx_file(stage, precision)
         if name not in manifest["files"]:
-            raise BuildError(f"{artefacts} holds no {name}: export it with --formats onnx")
+            raise BuildError(no_onnx(artefacts, stage, precision))
         if not (artefacts / name).is_file() or sha256(artefacts / name) != manifest["files"][name]:
             raise BuildError(f"{artefacts / name} is not what the manifest lists (sha256): export again")
         key = make_key(manifest["files"][name], trt, gpu, precision, shapes_of(manifest, stage), builder)
@@ -156,9 +176,13 @@ def read_entries(engines: Path) -> dict[str, dict]:
     if not path.exists():
         return {}
     try:
-        return dict(json.loads(path.read_text())[FORMAT])
+        entries = dict(json.loads(path.read_text())[FORMAT])
+        whole = all(set(entry) >= ENTRY and set(entry["key"]) >= KEY for entry in entries.values())
     except (ValueError, LookupError, TypeError):
-        raise BuildError(f"{path} lists no {FORMAT}: remove it and build again") from None
+        whole = False
+    if not whole:
+        raise BuildError(f"{path} lists no {FORMAT}: remove it and build again")
+    return entries
 
 
 def replace(path: Path, content: bytes) -> None:
@@ -186,7 +210,7 @@ def build_all(jobs: Sequence[Job], engines: Path, build: Build, workspace: int =
             entries[job.file] = build_one(job, path, build, workspace)
             replace(engines / MANIFEST, json.dumps({FORMAT: entries}, indent=2).encode() + b"\n")
             found = entries[job.file]
-            what = "compiles, which is no engine:" if job.target else "built"
+            what = "built" if job.target is None else "compiles, which is no engine:"
             print(f"{job.stage}: {what} {job.file}, {found['bytes'] / 2**20:.1f} MiB in {found['seconds']:.0f} s")
         except (BuildError, OSError) as error:
             print(f"{job.stage}: failed: {error}", file=sys.stderr, flush=True)
@@ -197,7 +221,7 @@ def build_all(jobs: Sequence[Job], engines: Path, build: Build, workspace: int =
 def build_one(job: Job, path: Path, build: Build, workspace: int) -> dict:
     """Build into `path`, which changes only when it is complete; returns its entry for the manifest."""
     partial, started = path.with_name(path.name + ".partial"), time.monotonic()
-    sizes = [workspace // divisor for divisor in SHRINK]
+    sizes = [max(1, workspace // divisor) for divisor in SHRINK]
     try:
         for size in sizes:
             try:
@@ -210,8 +234,9 @@ def build_one(job: Job, path: Path, build: Build, workspace: int) -> dict:
             raise BuildError(f"not built in workspaces of {tried} MiB; if it is memory, end other programs or add swap")
         partial.replace(path)
     finally:
-        partial.unlink(missing_ok=True)
-    seconds, kind = round(time.monotonic() - started, 1), COMPILED if job.target else ENGINE
+        for left in (partial, path.with_name(TIMING_CACHE + ".partial")):  # a process that was ended removes nothing
+            left.unlink(missing_ok=True)
+    seconds, kind = round(time.monotonic() - started, 1), ENGINE if job.target is None else COMPILED
     facts = {"bytes": path.stat().st_size, "sha256": sha256(path), "workspace_mib": size, "seconds": seconds}
     return {"stage": job.stage, "kind": kind, "key": dict(job.key), **facts}
 
@@ -269,7 +294,7 @@ def prepare(trt: ModuleType, onnx: str, shapes: Mapping, target: int | None) -> 
     for name, each in shapes.items():
         profile.set_shape(name, *each)
     config.add_optimization_profile(profile)
-    if target:
+    if target is not None:
         config.num_compute_capabilities = 1
         config.set_compute_capability(capability(trt, target), 0)
     return builder, network, config
@@ -291,6 +316,12 @@ def adopt(folder: Path) -> Build:
     return take
 
 
+def positive(text: str) -> int:
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: expected 1 or more")
+    return number
+
+
 def main() -> None:
     if sys.argv[1:] == ["--one"]:
         return build_here(json.load(sys.stdin))
@@ -300,23 +331,28 @@ def main() -> None:
     parser.add_argument(
         "--precision", choices=PRECISIONS, default=PRECISIONS[0], help="which ONNX (default %(default)s)"
     )
-    parser.add_argument("--workspace", type=int, default=WORKSPACE, help="MiB of scratch memory (default %(default)s)")
+    parser.add_argument(
+        "--workspace", type=positive, default=WORKSPACE, help="MiB of scratch memory (default %(default)s)"
+    )
     instead = parser.add_mutually_exclusive_group()
     instead.add_argument("--adopt", type=Path, help="folder of the engines that trtexec.sh has just built")
     instead.add_argument("--compile-check", type=int, metavar="SM", help="compile for compute capability SM, no GPU")
     arguments = parser.parse_args()
     target = arguments.compile_check
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        trt = load_tensorrt(RTX if target else TENSORRT)
-        if target:
+        trt = load_tensorrt(TENSORRT if target is None else RTX)
+        if target is not None:
             capability(trt, target)
-        gpu = f"none, compiled for compute capability {target}" if target else gpu_name()
+        gpu = gpu_name() if target is None else f"none, compiled for compute capability {target}"
         builder = "trtexec" if arguments.adopt else TENSORRT
         jobs = make_jobs(arguments.artefacts, arguments.precision, trt, gpu, builder, target)
         build = adopt(arguments.adopt) if arguments.adopt else build_apart
         complete = build_all(jobs, arguments.engines, build, arguments.workspace)
     except (BuildError, OSError) as error:
         sys.exit(f"build_engines: {error}")
+    except KeyboardInterrupt:
+        sys.exit("build_engines: interrupted: engines built so far are kept, run the same command again")
     sys.exit(0 if complete else 1)
 
 

@@ -19,6 +19,7 @@ from scaphoid.export.tensorrt_engines.build_engines import (
     gpu_name,
     load_tensorrt,
     make_key,
+    no_onnx,
     onnx_file,
     read_entries,
     read_manifest,
@@ -50,7 +51,7 @@ def find_engine(
     except BuildError as error:
         raise EngineError(f"{error}{remedy}") from None
     if stage not in manifest["stages"] or onnx_file(stage, precision) not in manifest["files"]:
-        raise EngineError(f"{artefacts} holds no {onnx_file(stage, precision)}: export it with --formats onnx")
+        raise EngineError(no_onnx(artefacts, stage, precision))
     onnx = manifest["files"][onnx_file(stage, precision)]
     wanted = make_key(onnx, trt, gpu, precision, shapes_of(manifest, stage))
     reason = f"{engines / MANIFEST} lists no {precision} engine of {stage}"

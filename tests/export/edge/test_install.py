@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from scaphoid.export.artefacts import ManifestError, verify
+from scaphoid.export.artefacts import ManifestError, verify, write_manifest
 from scaphoid.export.edge.bundle import INSTALL, bundle, needed_modules
 from scaphoid.export.edge.memory import table
 
@@ -159,6 +159,19 @@ def test_linters_find_nothing(tool_name, tmp_path):
         command = [tool_name, "verify", "--man=no", unit]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_a_bundle_that_fails_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr("scaphoid.export.edge.bundle.check", lambda *_: None)
+    monkeypatch.setattr("scaphoid.export.edge.bundle.needs", lambda *_: NEEDS)
+    failed = subprocess.CompletedProcess([], 1, "", "a warning\nno network\n")
+    monkeypatch.setattr("scaphoid.export.edge.bundle.subprocess.run", lambda *_, **__: failed)
+    (tmp_path / "artefacts" / "onnx").mkdir(parents=True)
+    (tmp_path / "artefacts" / "onnx" / "encoder.f16.onnx").touch()
+    write_manifest(tmp_path / "artefacts", {"stages": {"encoder": {"kind": "encoder"}}})
+    with pytest.raises(OSError, match=r"pip could not fetch the wheels \(no network\)"):
+        list(bundle(tmp_path / "artefacts", tmp_path / "out"))
+    assert [path.name for path in tmp_path.iterdir()] == ["artefacts"]
 
 
 @pytest.mark.slow

@@ -1,5 +1,10 @@
 """Versions of artefacts, the link to the one in use, and the way back."""
 
+import errno
+import shutil
+from functools import partial
+from pathlib import Path
+
 import pytest
 
 from scaphoid.export.artefacts import ManifestError, write_manifest
@@ -67,6 +72,29 @@ def test_a_damaged_source_is_not_added(make, tmp_path):
     with pytest.raises(ManifestError, match="not in the manifest"):
         add(tmp_path / "root", source)
     assert not list((tmp_path / "root").rglob("*"))
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(make, tmp_path, monkeypatch, capsys):
+    def full(source, to, **_):
+        raise OSError(errno.ENOSPC, "No space left on device", str(to))
+
+    source, root = make("one"), tmp_path / "root"
+    monkeypatch.setattr(shutil, "copytree", partial(shutil.copytree, copy_function=full))
+    assert main(["add", str(root), str(source)]) == 2
+    (said,) = capsys.readouterr().err.splitlines()
+    assert "one was not copied into" in said
+    assert "No space left on device" in said
+    assert "[(" not in said
+    assert not list((root / "versions").iterdir())
+
+
+@pytest.mark.parametrize("make_it", [Path.mkdir, Path.touch])
+def test_what_is_no_link_is_not_replaced(make, tmp_path, make_it):
+    version = add(tmp_path / "root", make("one"))
+    make_it(tmp_path / "root" / CURRENT)
+    with pytest.raises(VersionError, match="current is no link that was made here: move it away first"):
+        use(tmp_path / "root", version.name)
+    assert sorted(path.name for path in (tmp_path / "root").iterdir()) == [CURRENT, "versions"]
 
 
 def test_by_command(make, tmp_path, capsys):

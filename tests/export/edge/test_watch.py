@@ -43,6 +43,19 @@ def test_one_process_watches_into_a_folder(tmp_path):
         pass
 
 
+@pytest.mark.parametrize("inbox", ["out", "out/done", "out/../out/rejected", "missing", "file"])
+def test_a_folder_that_cannot_be_watched_is_refused_before_anything_is_made(tmp_path, inbox):
+    out = tmp_path / "out"
+    (tmp_path / "file").touch()
+    if inbox.startswith("out"):
+        (tmp_path / "out").mkdir()
+        (tmp_path / inbox).mkdir(exist_ok=True)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises((ValueError, NotADirectoryError), match=r"results would go into|is no folder: name the one"):
+        Watch(None, tmp_path / inbox, out).run(threading.Event())
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 @pytest.fixture(scope="module")
 def flow(artefacts) -> Flow:
     return Flow.load(artefacts, "msfm", threads=1)

@@ -4,8 +4,10 @@ import ast
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -157,6 +159,88 @@ def test_bad_input_is_named(artefacts, tmp_path):
     (tmp_path / build_engines.MANIFEST).write_text("[]")
     with pytest.raises(BuildError, match=r"engines\.json lists no scaphoid\.engines/1: remove it"):
         build_all([], tmp_path, Builder())
+
+
+@pytest.mark.parametrize(
+    ("edit", "told"),
+    [
+        (lambda stages: stages.update({"../esc": stages["encoder"]}), r"has a stage '\.\./esc': expected letters"),
+        (lambda stages: stages["encoder"].pop("kind"), r"lacks the kind or the inputs of the stage encoder"),
+        (lambda stages: stages["encoder"].pop("inputs"), r"lacks the kind or the inputs of the stage encoder"),
+        (lambda stages: stages.update(encoder=None), r"lacks the kind or the inputs of the stage encoder"),
+    ],
+)
+def test_an_edited_manifest_is_refused(artefacts, edit, told):
+    path = artefacts / build_engines.ARTEFACTS_MANIFEST
+    manifest = json.loads(path.read_text())
+    edit(manifest["stages"])
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(BuildError, match=told):
+        jobs_of(artefacts)
+
+
+@pytest.mark.parametrize("lost", sorted(build_engines.ENTRY))
+def test_an_edited_list_of_engines_is_refused(artefacts, tmp_path, lost):
+    build_all(jobs_of(artefacts), tmp_path, Builder())
+    path = tmp_path / build_engines.MANIFEST
+    content = json.loads(path.read_text())
+    next(iter(content[build_engines.FORMAT].values())).pop(lost)
+    path.write_text(json.dumps(content))
+    with pytest.raises(BuildError, match=r"engines\.json lists no scaphoid\.engines/1: remove it"):
+        build_all(jobs_of(artefacts), tmp_path, Builder())
+
+
+def run(artefacts, engines, packages, driver, *options) -> subprocess.Popen:
+    """The command beside a made-up tensorrt of these `packages`, whose builds never end."""
+    packages.mkdir()
+    for name in ("tensorrt", "tensorrt_rtx"):
+        lines = ["import os, time, types", "__version__ = '10.3.0'", "ComputeCapability = types.SimpleNamespace()"]
+        lines += ["def Logger(level): open(os.environ['BEGUN'], 'w').close(); time.sleep(60)", "Logger.ERROR = 1"]
+        (packages / f"{name}.py").write_text("\n".join(lines))
+    environment = {**os.environ, "PYTHONPATH": str(packages), "LD_LIBRARY_PATH": str(driver)}
+    return subprocess.Popen(
+        [sys.executable, FILE, artefacts, engines, *options],
+        env={**environment, "BEGUN": str(packages / "begun")},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interruption_is_one_line_and_leaves_nothing_half_done(artefacts, tmp_path, driver, number):
+    engines, packages = tmp_path / "engines", tmp_path / "packages"
+    engines.mkdir()
+    (engines / f"{jobs_of(artefacts)[0].file}.partial").write_bytes(b"half")
+    process = run(artefacts, engines, packages, driver)
+    try:
+        deadline = time.monotonic() + 30
+        while not (packages / "begun").exists() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        process.send_signal(number)
+        _, told = process.communicate(timeout=30)
+    finally:
+        process.kill()
+    assert process.returncode == 1
+    assert told == "build_engines: interrupted: engines built so far are kept, run the same command again\n"
+    assert not partial_files(engines)
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--compile-check", "0"], "does not compile for SM 0"),
+        (["--workspace", "0"], "argument --workspace: 0: expected 1 or more"),
+        (["--workspace", "-5"], "argument --workspace: -5: expected 1 or more"),
+        (["--precision", "int8"], "export it with --formats onnx --precision int8 --calibration INDEX"),
+    ],
+)
+def test_wrong_options_are_one_line(artefacts, tmp_path, driver, options, told):
+    process = run(artefacts, tmp_path / "engines", tmp_path / "packages", driver, *options)
+    _, said = process.communicate(timeout=30)
+    assert process.returncode != 0
+    assert told in said.splitlines()[-1]
+    assert not (tmp_path / "engines").exists()
 
 
 @pytest.mark.parametrize(("version", "good"), [("8.6.1", False), ("10.3.0", True), ("11.4.0.106", True)])
