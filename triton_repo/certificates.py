@@ -27,9 +27,11 @@ class CertificateError(Exception):
 
 def make_certificates(folder: Path, hosts: Sequence[str], days: int = 365) -> None:
     """Write ca, server and client (.pem, .key) into `folder`, the keys for this user alone. `hosts` are the names and
-    addresses that clients reach the server by. Raises CertificateError, also when an authority is there already."""
-    if (folder / f"{CA}.key").exists():
-        raise CertificateError(f"{folder} holds an authority already: choose another folder, or remove it")
+    addresses that clients reach the server by. Raises CertificateError, also when one of the files is there already:
+    it may be the hospital's own."""
+    files = [folder / f"{name}.{kind}" for name in (CA, SERVER, CLIENT) for kind in ("pem", "key")]
+    if there := [path for path in files if os.path.lexists(path)]:
+        raise CertificateError(f"{there[0]} is there already: choose another folder")
     if not hosts:
         raise CertificateError("expected at least one host name or address of the server")
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -43,9 +45,12 @@ def make_certificates(folder: Path, hosts: Sequence[str], days: int = 365) -> No
 
 def server_options(folder: Path) -> list[str]:
     """Triton's options for gRPC with the certificates in `folder`. HTTP stays unencrypted: keep it on loopback. Raises
-    OSError for a file that is missing."""
+    CertificateError for a file that is missing."""
     for name in (f"{SERVER}.pem", f"{SERVER}.key", f"{CA}.pem"):
-        (folder / name).stat()
+        if not (folder / name).is_file():
+            raise CertificateError(
+                f"{folder / name} is missing: make certificates with python -m scaphoid.triton_repo.certificates"
+            )
     return [
         "--grpc-use-ssl=true",
         "--grpc-use-ssl-mutual=true",

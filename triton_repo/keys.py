@@ -1,11 +1,15 @@
-"""The keys of Triton's restricted APIs: a random one for model control, tracing and logging that stays in the
-supervisor, and a local one that clients of the same user on the same machine may read.
+"""The keys of Triton's restricted APIs: a random one for model control, tracing and logging that the supervisor uses,
+and a local one that clients of the same user on the same machine find in a file.
+
+Neither is a secret from the machine's other users: Triton takes keys on its command line alone, as far as is known of
+core 2.51, and every user can read that in /proc/PID/cmdline unless /proc is mounted with hidepid=2. They keep out who
+reaches a port and cannot see the process (THREAT_MODEL.md says what else helps).
 
 Shared memory wants the local key because whoever may register it names any region of the server's user: with it a
 client could read what other clients sent. So does HTTP inference on the wheel's server, core 2.51: one request with a
 huge shape ends it (bench/malformed.py; over gRPC it is refused), and what is restricted is refused before anything of
-it is parsed. The local key lies in a file of mode 0600 in the supervisor's folder, so the server's own user may
-use it, who could end the server anyway, and nobody else.
+it is parsed. The local key's file has mode 0600 and lies in the supervisor's folder, for the clients of the server's
+own user, who could end the server anyway.
 """
 
 import os

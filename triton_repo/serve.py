@@ -19,6 +19,7 @@ import tyro
 from scaphoid.export.artefacts import ManifestError, accepted, read_manifest
 from scaphoid.export.precision import effective_precision
 from scaphoid.trainer.flows import FLOWS
+from scaphoid.triton_repo.certificates import CertificateError
 from scaphoid.triton_repo.monitoring import drift_command
 from scaphoid.triton_repo.supervisor.installation import in_container
 from scaphoid.triton_repo.supervisor.server import Report, ServerError, running_server
@@ -71,14 +72,14 @@ def main() -> None:
     try:
         interruptible(tell)
         serve(arguments, flows, tell)
-    except (ManifestError, ServerError, OSError) as error:
+    except (ManifestError, ServerError, CertificateError, OSError) as error:
         sys.exit(f"scaphoid-serve: {error}")
     except KeyboardInterrupt:
         tell("stopped", event="stopped")
 
 
 def serve(arguments: Arguments, flows: tuple[str, ...], tell: Report) -> None:
-    """Until KeyboardInterrupt. Raises ManifestError, ServerError, OSError when the server does not start."""
+    """Until KeyboardInterrupt. Raises ManifestError, ServerError, CertificateError, OSError when it does not start."""
     ports = (arguments.http_port, arguments.grpc_port, arguments.metrics_port)
     tell(f"starting Triton on {arguments.repository} ...", event="starting")
     with running_server(

@@ -9,7 +9,7 @@ import pytest
 from scaphoid.export.reference import ACTIVATION, histogram, reference
 from scaphoid.trainer.journal import Prediction
 from scaphoid.triton_repo.monitoring import drift_command
-from scaphoid.triton_repo.monitoring.drift import WINDOW, JournalReader, chance, references_of, stability
+from scaphoid.triton_repo.monitoring.drift import MOST_WATCHED, WINDOW, JournalReader, chance, references_of, stability
 from scaphoid.triton_repo.monitoring.metrics import buckets
 from scaphoid.triton_repo.versioning.versions import CONTENT, VERSIONS, weights_hash
 
@@ -121,6 +121,49 @@ def test_a_growing_journal_is_read_once(tmp_path):
     assert reader.counts == {("msfm", "ok"): 31}
 
 
+def test_one_bad_line_harms_no_other(tmp_path):
+    path, (good,) = tmp_path / "predictions.jsonl", lines(answers(1))
+    known = json.loads(good)
+    wrong = [{"probability": value} for value in (math.nan, 1.5, -0.1, math.inf, 10**400, None, "x")]
+    wrong += [{"model_version": value} for value in ("1@a\n", "x" * 65, '"}')]
+    wrong += [{"flow": "mfsm"}, {"flow": []}, {"status": "?"}, {"margin": math.nan}, {"windows": [{"score": math.inf}]}]
+    bad = [json.dumps(known | each) for each in wrong] + ["[" * 200_000, '{"a":' * 200_000, "[]", "7", "\x00"]
+    path.write_text("".join(f"{each}\n{good}" for each in bad))
+    reader = JournalReader([path])
+    reader.read()
+    assert reader.counts == {("msfm", "ok"): len(bad)}
+    assert list(reader.watched) == [("msfm", VERSION)]
+
+
+def test_the_versions_that_are_watched_are_bounded_to_the_latest(tmp_path):
+    path, (good,) = tmp_path / "predictions.jsonl", lines(answers(1))
+    path.write_text(
+        "".join(json.dumps(json.loads(good) | {"model_version": f"{n}@x"}) + "\n" + good for n in range(99))
+    )
+    reader = JournalReader([path])
+    reader.read()
+    assert len(reader.watched) == MOST_WATCHED
+    assert reader.watched["msfm", VERSION].probabilities.total() == 99
+
+
+def test_lines_that_were_not_counted_are_read_again(tmp_path, monkeypatch):
+    path, found = tmp_path / "predictions.jsonl", lines(answers(3))
+    path.write_text("".join(found))
+    reader, count = JournalReader([path]), JournalReader._count
+
+    def interrupted(self, line):
+        if line == found[1].encode():
+            raise MemoryError
+        count(self, line)
+
+    monkeypatch.setattr(JournalReader, "_count", interrupted)
+    with pytest.raises(MemoryError):
+        reader.read()
+    monkeypatch.undo()
+    reader.read()
+    assert reader.counts == {("msfm", "ok"): 3}
+
+
 def test_the_command(tmp_path, capsys):
     folder = tmp_path / "repository" / VERSIONS / "1"
     folder.mkdir(parents=True)
@@ -136,6 +179,8 @@ def test_the_command(tmp_path, capsys):
     assert "drawn numbers" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="not a file"):
         drift_command.main([words[0], str(tmp_path / "absent")])
+    with pytest.raises(SystemExit, match="nowhere is not a model repository"):
+        drift_command.main([str(tmp_path / "nowhere"), str(journal)])
     journal.write_text("")
     with pytest.raises(SystemExit, match="no prediction of a version"):
         drift_command.main(words)

@@ -114,8 +114,15 @@ def test_certificates_are_signed_name_the_server_and_keep_their_keys(tmp_path):
     refused = subprocess.run([*command, files["client.pem"]], check=False, capture_output=True)
     assert refused.returncode
     assert all(Path(option.partition("=")[2]).exists() for option in server_options(tmp_path / "tls")[2:])
-    with pytest.raises(CertificateError, match="holds an authority already"):
+    with pytest.raises(CertificateError, match=r"ca\.pem is there already"):
         make_certificates(tmp_path / "tls", ["triton.example"])
+    (tmp_path / "hospital").mkdir()
+    (tmp_path / "hospital" / "server.key").write_text("its own")
+    with pytest.raises(CertificateError, match=r"server\.key is there already"):
+        make_certificates(tmp_path / "hospital", ["triton.example"])
+    assert [path.read_text() for path in (tmp_path / "hospital").iterdir()] == ["its own"]
+    with pytest.raises(CertificateError, match=r"nowhere/server\.pem is missing"):
+        server_options(tmp_path / "nowhere")
     with pytest.raises(CertificateError, match="host name"):
         make_certificates(tmp_path / "other", [])
 

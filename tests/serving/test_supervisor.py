@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -18,7 +19,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from scaphoid.export.artefacts import ManifestError
+from scaphoid.export.artefacts import ManifestError, write_manifest
 from scaphoid.triton_repo.keys import KEY_HEADER
 from scaphoid.triton_repo.serve import main, tell_json
 from scaphoid.triton_repo.supervisor import canary, endpoint, health, installation, leftovers, watch
@@ -32,6 +33,7 @@ from scaphoid.triton_repo.supervisor.process import SHARED_MEMORY_PREFIX, Triton
 from scaphoid.triton_repo.supervisor.request_log import parse, refused
 from scaphoid.triton_repo.supervisor.server import Server, running_server
 from scaphoid.triton_repo.supervisor.watch import LONGEST_WAIT_S, Backoff, Fault, Watcher
+from scaphoid.triton_repo.versioning import switch, versions
 
 
 def quiet(line: str, **fields: object) -> None:
@@ -46,7 +48,7 @@ def test_a_repository_without_manifest_is_refused(tmp_path):
 @pytest.fixture
 def bare(tmp_path, monkeypatch):
     """A repository whose manifest is in order; no server is started on it."""
-    monkeypatch.setattr(server_module, "verified", lambda folder: {"flows": ["msfm"]})
+    monkeypatch.setattr(server_module, "verified", lambda folder: {"flows": ["msfm"], "target": "cpu"})
     return tmp_path
 
 
@@ -66,6 +68,17 @@ def test_a_port_in_use_is_named(bare):
 
 def test_the_wheels_old_server_is_not_put_on_a_network(bare):
     with pytest.raises(ServerError, match=r"host 0\.0\.0\.0: .*container"), running_server(bare, host="0.0.0.0"):
+        pass
+
+
+def test_a_host_that_is_not_this_machines_is_refused_for_what_it_is(bare):
+    with pytest.raises(ServerError, match=r"host 8\.8\.8\.8: .*container"):
+        running_server(bare, host="8.8.8.8", health_port=8003).__enter__()
+
+
+def test_artefacts_are_to_be_assembled_first(tmp_path):
+    write_manifest(tmp_path, {"flows": ["msfm"]})
+    with pytest.raises(ManifestError, match=r"assemble it first, with python -m"), running_server(tmp_path):
         pass
 
 
@@ -112,6 +125,22 @@ def test_what_killed_supervisors_left_is_removed(tmp_path):
     leftovers.remove(tmp_path, memory)
     assert {path.name for path in tmp_path.iterdir()} == {alive, "shm"} | unmarked
     assert {path.name for path in memory.iterdir()} == kept
+
+
+def test_a_pid_that_was_given_to_another_process_is_another_supervisor(tmp_path, monkeypatch):
+    monkeypatch.setattr(leftovers.tempfile, "tempdir", str(tmp_path))
+    folder = leftovers.make_folder()
+    assert list(leftovers.folders(tmp_path)) == [(folder, True)]
+    (folder / MARKER).write_text("1")  # what had this PID before began just after the machine
+    assert list(leftovers.folders(tmp_path)) == [(folder, False)]
+    memory = tmp_path / f"{SHARED_MEMORY_PREFIX}{os.getpid()}-8000-a"
+    memory.touch()
+    other = leftovers.make_folder()  # of this process: whose the memory is cannot be told
+    leftovers.remove(tmp_path, tmp_path)
+    assert (folder.exists(), other.exists(), memory.exists()) == (False, True, True)
+    (other / MARKER).write_text("1")
+    leftovers.remove(tmp_path, tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
@@ -276,6 +305,8 @@ def status():
         switched.append(version)
         if version == 7:
             raise ServerError("there is no version 7")
+        if version == 8:
+            raise RuntimeError("a fault")
         return {"version": version}
 
     listening = Endpoint("127.0.0.1", 0, found, lambda: b"scaphoid_ready 1\n", switch)
@@ -335,6 +366,69 @@ def test_versions_are_switched_for_the_holder_of_the_key_alone(status, tmp_path)
     assert status.switched == [2, 7]
 
 
+def test_a_fault_of_the_endpoint_is_answered_in_one_line_and_printed_nowhere(status, monkeypatch, capfd):
+    key = status.endpoint.key
+    code, body = status.get(endpoint.SWITCH, {"version": 8}, **{KEY_HEADER: key})
+    assert (code, json.loads(body)) == (500, {"error": "RuntimeError: a fault"})
+    address = status.endpoint.url.split(":")
+    with socket.create_connection(address, 5) as client:  # latin-1, which hmac takes no text of
+        client.sendall(f"POST {endpoint.SWITCH} HTTP/1.0\r\n{KEY_HEADER}: \xe9\r\n\r\n".encode("latin-1"))
+        assert b" 403 " in client.makefile("rb").readline()
+    with socket.create_connection(address, 5) as client:  # leaves with a reset, before its answer
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        client.sendall(b"GET /metrics HTTP/1.0\r\n\r\n")
+    assert status.get("/metrics")[0] == 200
+
+    def broken():
+        raise ManifestError("no manifest\nhere")
+
+    other = Endpoint("127.0.0.1", 0, status.health, broken, lambda version: {})
+    try:
+        with pytest.raises(urllib.error.HTTPError, match="500") as caught:
+            urllib.request.urlopen(f"http://{other.url}/metrics", timeout=10)
+        assert caught.value.read() == b'{"error": "ManifestError: no manifest\\nhere"}\n'
+    finally:
+        other.close()
+    assert capfd.readouterr() == ("", "")
+
+
+def test_requests_beyond_the_most_are_told_at_once(monkeypatch):
+    monkeypatch.setattr(endpoint, "MOST_REQUESTS", 1)
+    listening = Endpoint("127.0.0.1", 0, Health(("kalm",)), lambda: b"", lambda version: {})
+    try:
+        with socket.create_connection(listening.url.split(":"), 5) as first:
+            with socket.create_connection(listening.url.split(":"), 5) as second:
+                assert b" 503 " in second.makefile("rb").readline()
+            first.sendall(b"GET /live HTTP/1.0\r\n\r\n")
+            assert first.makefile("rb").readline().startswith(b"HTTP/1.0 200")
+    finally:
+        listening.close()
+
+
+class Interrupted(BaseException):
+    pass
+
+
+@pytest.mark.parametrize(("fault", "raised"), [(Interrupted("x"), Interrupted), (ServerError("x"), ServerError)])
+def test_a_switch_that_fails_in_any_way_loads_again_what_was_served(tmp_path, monkeypatch, fault, raised):
+    versions.begin(tmp_path, {"flows": ["kalm"], "weights": [{"sha256": "a"}]})
+    versions.number(tmp_path, 2, {"flows": ["kalm"], "weights": [{"sha256": "b"}]})
+    versions.finish(tmp_path, 1, [1, 2])
+    loaded, told = [], []
+
+    def fail(*_):
+        raise fault
+
+    monkeypatch.setattr(switch, "_switch", fail)
+    api = types.SimpleNamespace(load=loaded.append)
+    with pytest.raises(raised, match="x"):
+        switch.switch(api, tmp_path, ["kalm"], 2, lambda line, **fields: told.append(line))
+    assert loaded[0] == "kalm"
+    assert "local_encoder" in loaded
+    assert told == ["version 2 is not served: x; version 1 is, further"]
+    assert versions.verified(tmp_path)["version"] == 1
+
+
 def test_json_logs_name_their_parts(capsys):
     tell_json("recovered in 9.5 s", event="recovered", seconds=9.5)
     record = json.loads(capsys.readouterr().err)
@@ -348,10 +442,13 @@ def test_json_logs_name_their_parts(capsys):
         (["--flows", "kalm,mfsm"], "unknown flow mfsm: expected one of msfm, msfm_fma, kalm"),
         (["--canary-interval-s", "0"], "--canary-interval-s: expected more than 0 s, got 0"),
         ([], r"has no manifest\.json"),
+        (["--tls", "nowhere"], r"nowhere/server\.pem is missing"),
     ],
 )
 def test_scaphoid_serve_names_what_is_wrong(tmp_path, monkeypatch, arguments, message):
     monkeypatch.setattr(sys, "argv", ["scaphoid-serve", str(tmp_path), *arguments])
     monkeypatch.setattr("signal.signal", lambda *_: None)
+    if "--tls" in arguments:
+        write_manifest(tmp_path, {"flows": ["msfm"], "target": "cpu"})
     with pytest.raises(SystemExit, match=f"^scaphoid-serve: .*{message}"):
         main()

@@ -10,18 +10,23 @@ vendor's native backends included, into which nothing of ours can be hooked, and
 
 import json
 import math
+import re
 from collections import Counter, deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from scaphoid.export.reference import ACTIVATION, histogram
 from scaphoid.trainer.contracts import MARGIN, PREDICTION_SCHEMA, PROBABILITY
+from scaphoid.trainer.flows import FLOWS
 from scaphoid.triton_repo.versioning.versions import weights_hash
 
 WINDOW = 1000  # the latest predictions, of a flow and its weights, that are judged
 MODERATE, LARGE = 0.1, 0.25  # the usual bounds of the index
 ONE_IN_100 = 2.3263  # standard deviations: exceeded by chance in one case of a hundred
+STATUSES = ("ok", "rejected", "failed")
+VERSION = re.compile(r"[A-Za-z0-9_.@-]{0,64}")  # empty: no server saw the image
+MOST_WATCHED = 32  # flows and weights at once: each is some twenty series in Prometheus
 STEPS = tuple(step / 10 for step in range(1, 11))  # upper bounds of the histogram of probabilities
 
 
@@ -76,7 +81,7 @@ class Watched:
 @dataclass
 class JournalReader:
     """Follows growing journals: `read` takes what came since the last time. `paths` need not exist yet. `counts` holds
-    lines by flow and status."""
+    lines by flow and status, `watched` the flows and weights that were seen last, `MOST_WATCHED` of them."""
 
     paths: Sequence[Path]
     counts: Counter[tuple[str, str]] = field(default_factory=Counter)
@@ -87,33 +92,38 @@ class JournalReader:
         for path in self.paths:
             for line in self._new_lines(path):
                 self._count(line)
+                self._offsets[path] += len(line)
 
-    def _new_lines(self, path: Path) -> list[bytes]:
+    def _new_lines(self, path: Path) -> Iterator[bytes]:
+        """Those that are complete, from the offset on, which is left where it is."""
         try:
             with path.open("rb") as file:
                 offset = self._offsets.get(path, 0)
                 file.seek(offset if offset <= path.stat().st_size else 0)  # it was begun anew
                 offset, content = file.tell(), file.read()
         except OSError:
-            return []
-        complete = content.rfind(b"\n") + 1
-        self._offsets[path] = offset + complete
-        return content[:complete].splitlines()
+            return
+        self._offsets[path] = offset
+        yield from content[: content.rfind(b"\n") + 1].splitlines(keepends=True)
 
     def _count(self, line: bytes) -> None:
         """A line that is no prediction is left out: the journal is another program's."""
         try:
             record = json.loads(line)
-            if record["schema"] != PREDICTION_SCHEMA:
+            flow, status, version = record["flow"], record["status"], str(record["model_version"])
+            known = record["schema"] == PREDICTION_SCHEMA and flow in FLOWS and status in STATUSES
+            if not known or not VERSION.fullmatch(version):
                 return
-            flow, status, version = str(record["flow"]), str(record["status"]), str(record["model_version"])
-            self.counts[flow, status] += 1
-            if status != "ok":
-                return
-            values = _quantities(record)
-        except (ValueError, KeyError, TypeError):
+            values = _quantities(record) if status == "ok" else {}
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
             return
-        watched = self.watched.setdefault((flow, version), Watched())
+        self.counts[flow, status] += 1
+        if not values:
+            return
+        watched = self.watched.pop((flow, version), None) or Watched()
+        self.watched[flow, version] = watched  # the last one now
+        if len(self.watched) > MOST_WATCHED:
+            del self.watched[next(iter(self.watched))]
         for name, value in values.items():
             watched.recent.setdefault(name, deque(maxlen=WINDOW)).append(value)
         probability = values[PROBABILITY.name]
@@ -135,10 +145,13 @@ class JournalReader:
 
 
 def _quantities(record: Mapping) -> dict[str, float]:
-    """What reference.py watches, of one line of a journal."""
+    """What reference.py watches, of one line of a journal. Raises ValueError for a probability or another number that
+    cannot be one."""
     found = {PROBABILITY.name: float(record[PROBABILITY.name]), MARGIN.name: float(record[MARGIN.name])}
     if record.get("windows"):
         found[ACTIVATION] = max(float(window["score"]) for window in record["windows"])
+    if not 0 <= found[PROBABILITY.name] <= 1 or not all(map(math.isfinite, found.values())):
+        raise ValueError("not a prediction's numbers")
     return found
 
 

@@ -22,7 +22,7 @@ class Arguments:
     export's gate. Export with --gate-data: beside phantoms every hospital differs."""
 
     repository: tyro.conf.Positional[Path]
-    """The model repository, or artefacts' repository, whose versions answered."""
+    """The model repository whose versions answered."""
     journals: tyro.conf.Positional[tuple[Path, ...]]
     """predictions.jsonl files."""
     json: bool = False
@@ -33,7 +33,12 @@ def main(words: list[str]) -> None:
     arguments = tyro.cli(Arguments, prog="scaphoid-serve drift", args=words)
     if missing := [path for path in arguments.journals if not path.is_file()]:
         sys.exit(f"scaphoid-serve drift: {missing[0]} is not a file: expected predictions.jsonl of scaphoid-predict")
-    known = contents(arguments.repository)
+    try:
+        known = contents(arguments.repository)
+    except (OSError, ValueError) as error:
+        sys.exit(f"scaphoid-serve drift: {arguments.repository}: {error}")
+    if not known:
+        sys.exit(f"scaphoid-serve drift: {arguments.repository} is not a model repository: assemble one first")
     references = references_of(known)
     reader = JournalReader(arguments.journals)
     reader.read()

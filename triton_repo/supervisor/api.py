@@ -1,5 +1,5 @@
 """Triton's HTTP endpoint as the supervisor uses it: inference, statistics, and model control, which the restricted API
-grants to the holder of a random key alone."""
+grants to whoever has a random key (keys.py: who can read it)."""
 
 import base64
 import json

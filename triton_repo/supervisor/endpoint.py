@@ -10,8 +10,10 @@ import os
 import secrets
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from socket import socket
 
 from scaphoid.triton_repo.keys import KEY_HEADER
 from scaphoid.triton_repo.supervisor.api import ServerError
@@ -19,7 +21,41 @@ from scaphoid.triton_repo.supervisor.health import Health
 
 CONTROL = "control.json"  # in the supervisor's folder, for its user alone: where to send a command, and the key
 LARGEST_BODY = 4096
+JSON = "application/json"
 SWITCH = "/versions/switch"
+MOST_REQUESTS = 64  # at once
+BUSY = b"HTTP/1.0 503 Service Unavailable\r\nContent-Length: 0\r\n\r\n"
+
+
+class BoundedServer(ThreadingHTTPServer):
+    """A thread for each of `MOST_REQUESTS` requests; those beyond are told so at once."""
+
+    daemon_threads = True
+    request_queue_size = MOST_REQUESTS
+
+    def __init__(self, address: tuple[str, int], handler: type[BaseHTTPRequestHandler]) -> None:
+        self._free = threading.BoundedSemaphore(MOST_REQUESTS)
+        super().__init__(address, handler)
+
+    def process_request(self, request: socket, client_address: object) -> None:
+        if self._free.acquire(blocking=False):
+            try:
+                return super().process_request(request, client_address)
+            except RuntimeError:  # no thread can be started
+                self._free.release()
+                raise
+        with suppress(OSError):
+            request.sendall(BUSY)
+        self.shutdown_request(request)
+
+    def process_request_thread(self, request: socket, client_address: object) -> None:
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self._free.release()
+
+    def handle_error(self, *_: object) -> None:
+        """A client that leaves early is no event; what fails on this side is answered (`_attempt`)."""
 
 
 class Endpoint:
@@ -36,7 +72,7 @@ class Endpoint:
 
             def do_GET(self) -> None:
                 if self.path == "/metrics":
-                    return self._send(200, metrics(), "text/plain; version=0.0.4; charset=utf-8")
+                    return self._attempt(metrics, "text/plain; version=0.0.4; charset=utf-8")
                 if self.path == "/live":
                     live = health.is_live()
                     return self._json(200 if live else 503, {"live": live})
@@ -48,22 +84,30 @@ class Endpoint:
                 )
 
             def do_POST(self) -> None:
-                if not hmac.compare_digest(self.headers.get(KEY_HEADER, ""), endpoint.key):
+                given = self.headers.get(KEY_HEADER, "").encode(errors="replace")
+                if not hmac.compare_digest(given, endpoint.key.encode()):
                     return self._json(403, {"error": "this needs the supervisor's key"})
                 try:
                     size = int(self.headers.get("Content-Length", 0))
                     version = json.loads(self.rfile.read(min(max(size, 0), LARGEST_BODY)))["version"]
-                except (ValueError, KeyError, TypeError):
+                except (ValueError, KeyError, TypeError, RecursionError):
                     version = None
                 if self.path != SWITCH or type(version) is not int:
                     return self._json(400, {"error": f'expected {SWITCH} with {{"version": NUMBER}}'})
+                self._attempt(lambda: encoded(switch(version)), JSON)
+
+            def _attempt(self, answer: Callable[[], bytes], kind: str) -> None:
+                """409 for what cannot be done, 500 for a fault of this side."""
                 try:
-                    return self._json(200, switch(version))
-                except (ServerError, OSError) as error:
+                    body = answer()
+                except ServerError as error:
                     return self._json(409, {"error": str(error)})
+                except Exception as error:
+                    return self._json(500, {"error": f"{type(error).__name__}: {error}"})
+                self._send(200, body, kind)
 
             def _json(self, status: int, content: dict) -> None:
-                self._send(status, json.dumps(content).encode() + b"\n", "application/json")
+                self._send(status, encoded(content), JSON)
 
             def _send(self, status: int, body: bytes, kind: str) -> None:
                 self.send_response(status)
@@ -75,8 +119,7 @@ class Endpoint:
             def log_message(self, *_: object) -> None:
                 """Probes come every few seconds."""
 
-        self._http = ThreadingHTTPServer((host, port), Handler)
-        self._http.daemon_threads = True
+        self._http = BoundedServer((host, port), Handler)
         self.url = f"{host}:{self._http.server_port}"
         threading.Thread(target=self._http.serve_forever, args=(0.1,), daemon=True).start()
 
@@ -91,3 +134,7 @@ class Endpoint:
     def close(self) -> None:
         self._http.shutdown()
         self._http.server_close()
+
+
+def encoded(content: dict) -> bytes:
+    return json.dumps(content).encode() + b"\n"

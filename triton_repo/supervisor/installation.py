@@ -21,7 +21,7 @@ OPS = "SCAPHOID_OPS"  # environment: the op library that an image was built with
 @dataclass(frozen=True)
 class Installation:
     """`binary` with the `options` and the `environment` that it needs. `loopback_only`: too old to be reachable from
-    another machine."""
+    another machine, or to bear a stranger's HTTP inference."""
 
     binary: Path
     options: tuple[str, ...]

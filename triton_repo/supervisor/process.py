@@ -127,9 +127,20 @@ def model_of(pid: int) -> str:
         return "a model"
 
 
+def started_at(pid: int | str) -> str:
+    """When a process began, in ticks since the machine did; empty when it is gone. With the PID it names one process,
+    for a PID alone is given to others again, and in a container always to the same."""
+    return _stat(pid, 19)
+
+
 def _state(pid: int) -> str:
     """One letter, Z for a zombie; empty when it is gone."""
+    return _stat(pid, 0)
+
+
+def _stat(pid: int | str, field: int) -> str:
+    """A field of /proc/PID/stat, counted from the one after the command, which may hold anything."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except OSError:
+        return Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[field]
+    except (OSError, IndexError):
         return ""

@@ -22,6 +22,7 @@ from pathlib import Path
 from scaphoid.export.artefacts import ManifestError
 from scaphoid.triton_repo import keys
 from scaphoid.triton_repo.certificates import server_options
+from scaphoid.triton_repo.configs import CONFIG
 from scaphoid.triton_repo.monitoring.drift import JournalReader
 from scaphoid.triton_repo.monitoring.metrics import SupervisorCollector
 from scaphoid.triton_repo.supervisor import canary as canaries
@@ -30,7 +31,7 @@ from scaphoid.triton_repo.supervisor.api import ServerError, TritonApi
 from scaphoid.triton_repo.supervisor.canary import CanaryLate
 from scaphoid.triton_repo.supervisor.endpoint import Endpoint
 from scaphoid.triton_repo.supervisor.health import STOPPING, Health
-from scaphoid.triton_repo.supervisor.installation import Installation, installation
+from scaphoid.triton_repo.supervisor.installation import Installation, in_container, installation
 from scaphoid.triton_repo.supervisor.ports import check_port, free_ports, is_loopback
 from scaphoid.triton_repo.supervisor.process import SHARED_MEMORY_PREFIX, TritonProcess
 from scaphoid.triton_repo.supervisor.watch import Watcher
@@ -85,6 +86,7 @@ class Server:
     def start(self) -> None:
         """Start the process and wait until every flow has answered, `start_s` seconds. Raises ServerError."""
         began = time.monotonic()
+        check_host(self.host)
         for port in self.ports:
             check_port(self.host, port)
         leftovers.remove(Path(tempfile.gettempdir()))
@@ -92,11 +94,6 @@ class Server:
         try:
             keys.leave_local_key(self.folder, self.ports[:2], self._local_key)
             found = installation(self.repository, self.folder)
-            if found.loopback_only and not is_loopback(self.host):
-                raise ServerError(
-                    f"host {self.host}: the wheel's Triton is older than its security fixes and listens on loopback "
-                    "alone; what other machines reach is the vendor's container (triton_repo/deploy)"
-                )
             self.process = TritonProcess(self._command(found), found.environment, self._prefix, self._request_failed)
             self.launch(threading.Event())
         except BaseException:
@@ -192,6 +189,15 @@ class Server:
             self.folder = None
 
 
+def check_host(host: str) -> None:
+    """Raises ServerError for one that the Triton on this machine must not listen on."""
+    if not in_container() and not is_loopback(host):
+        raise ServerError(
+            f"host {host}: the wheel's Triton is older than its security fixes and listens on loopback "
+            "alone; what other machines reach is the vendor's container (triton_repo/deploy)"
+        )
+
+
 @contextmanager
 def running_server(
     repository: Path,
@@ -209,9 +215,19 @@ def running_server(
     `ports` are HTTP, gRPC, metrics (default: free ones). With `watch_interval_s` a thread sends canaries that often and
     recovers the server when they fail. With `health_port` (0: a free one) there is the endpoint of endpoint.py, whose
     metrics tell of the predictions in `journals`, too. `tls` is a folder of certificates for gRPC. Raises ManifestError
-    for a damaged repository, ServerError when the server does not start.
+    for a damaged repository, CertificateError for a certificate that is missing, ServerError when the server does not
+    start.
     """
-    available = verified(repository)["flows"]
+    manifest = verified(repository)
+    if "target" not in manifest and not any(repository.glob(f"*/{CONFIG}")):  # the first is newer
+        raise ManifestError(
+            f"{repository} holds artefacts, not a model repository: assemble it first, with "
+            f"python -m scaphoid.triton_repo.assemble {repository} REPOSITORY, and serve that"
+        )
+    check_host(host)
+    if tls is not None:
+        server_options(tls)
+    available = manifest["flows"]
     flows = tuple(flows or available)
     if missing := [flow for flow in flows if flow not in available]:
         raise ManifestError(

@@ -32,11 +32,14 @@ def switch(api: TritonApi, repository: Path, flows: Sequence[str], version: int,
                 _switch(api, repository, flows, present, version)
                 previous = None if version == manifest["previous"] else present
                 content = versions.finish(repository, version, manifest["versions"], previous)
-            except (ServerError, OSError) as error:
+            except BaseException as error:
                 versions.settle(repository)
                 _restore(api, flows)
-                line = f"version {version} is not served: {error}; version {present} is, further"
+                why = str(error) or type(error).__name__
+                line = f"version {version} is not served: {why}; version {present} is, further"
                 report(line, event="switch_failed", version=version, level="error")
+                if not isinstance(error, (ServerError, OSError)):
+                    raise
                 raise ServerError(line) from None
     except ManifestError as error:
         raise ServerError(str(error)) from None
