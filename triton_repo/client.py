@@ -12,6 +12,7 @@ many and gives an answer or an error for each. `AsyncClient` is the same for asy
 """
 
 import asyncio
+import os
 import threading
 from collections.abc import Coroutine, Iterable, Sequence
 from functools import lru_cache
@@ -51,6 +52,7 @@ T = TypeVar("T")
 class Client:
     """`AsyncClient` without asyncio, with the same parameters, errors and attributes; any thread may call it. Its
     requests run on a thread of their own, which all clients of the process share: Ctrl-C stops the waiting, no request.
+    The child of a fork opens its own, over HTTP where its parent has used gRPC, which does not survive that.
     """
 
     def __init__(self, servers: str | Sequence[str] = "127.0.0.1:8001", flow: str = "msfm", **settings: Any) -> None:
@@ -80,7 +82,9 @@ class Client:
 
 
 def _wait(coroutine: Coroutine[Any, Any, T]) -> T:
-    return asyncio.run_coroutine_threadsafe(coroutine, _loop()).result()
+    with _starting:
+        loop = _loop()
+    return asyncio.run_coroutine_threadsafe(coroutine, loop).result()
 
 
 @lru_cache(maxsize=1)
@@ -88,3 +92,14 @@ def _loop() -> asyncio.AbstractEventLoop:
     loop = asyncio.new_event_loop()
     threading.Thread(target=loop.run_forever, name="scaphoid-client", daemon=True).start()
     return loop
+
+
+def _forget_loop() -> None:
+    """A forked child has the loop without its thread, and the lock as it was."""
+    global _starting
+    _starting = threading.Lock()
+    _loop.cache_clear()
+
+
+_starting = threading.Lock()
+os.register_at_fork(after_in_child=_forget_loop)

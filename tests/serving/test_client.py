@@ -1,11 +1,16 @@
 """The client library against servers in this process. Over HTTP and against Triton itself: test_client_on_triton.py."""
 
 import asyncio
+import json
 import logging
+import os
+import socket
 import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import grpc
 import numpy as np
@@ -14,6 +19,7 @@ import pytest
 from scaphoid.bench.mutations import dicom, picture
 from scaphoid.trainer.data.dicom import to_pgm
 from scaphoid.trainer.flows import FLOWS
+from scaphoid.triton_repo import client as client_module
 from scaphoid.triton_repo.client import (
     AsyncClient,
     Client,
@@ -31,6 +37,7 @@ from scaphoid.triton_repo.requests.protocols import ADDRESS, is_loopback, wire
 from scaphoid.triton_repo.requests.quarantine import STRIKES
 from scaphoid.triton_repo.requests.retry import Servers
 from scaphoid.triton_repo.requests.servers import LONGEST_REST_S, Server
+from scaphoid.triton_repo.requests.shared_regions import SharedRegions
 
 IMAGE = b"bytes of an image"
 STATUS = grpc.StatusCode
@@ -156,6 +163,9 @@ def test_wrong_arguments_say_what_was_expected():
         pass
     with pytest.raises(ValueError, match="in_flight >= 1"):
         AsyncClient(in_flight=0)
+    for wrong in ({"in_flight": 2.0}, {"priority": -1}, {"retry_s": -0.1}, {"timeout_s": float("nan")}):
+        with pytest.raises(ValueError, match=f"expected .*{next(iter(wrong))}"):
+            AsyncClient(**wrong)
     with pytest.raises(ServerUnavailable, match=r"this machine.*loopback"):
         AsyncClient("scanner.example:8001", shared_memory=True)
 
@@ -417,3 +427,213 @@ def test_client_imports_no_torch():
     )
     outcome = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
     assert outcome.returncode == 0, outcome.stderr
+
+
+@pytest.fixture
+def black_hole():
+    """The address of a server that accepts and never answers."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        yield f"127.0.0.1:{listening.getsockname()[1]}"
+
+
+def test_a_server_that_never_answers_takes_no_request_along(fake_server, slow, black_hole, monkeypatch):
+    """It has the fewest requests in flight."""
+    monkeypatch.setattr("scaphoid.triton_repo.requests.protocols.PROBE_TIMEOUT_S", 2.0)
+    fake_server.behave = slow(0.01)
+    with Client([black_hole, fake_server.url], timeout_s=1.5, in_flight=4) as client:
+        results = client.predict_all(map(pixels, range(20)))
+    assert all(isinstance(result, Result) for result in results)
+
+
+async def never(*_):
+    await asyncio.Event().wait()
+
+
+def test_meeting_a_server_again_keeps_the_time_limit(fake_server):
+    with Client(fake_server.url, timeout_s=0.3) as client:
+        (server,) = client._client._servers.all
+        server.lost()
+        server._wire.ready = never
+        began = time.monotonic()
+        with pytest.raises(DeadlineExceeded, match=r"no answer within 0\.3 s"):
+            client.infer(IMAGE)
+        assert time.monotonic() - began < 3
+
+
+def test_a_label_that_comes_too_late_is_left_out(fake_server):
+    with Client(fake_server.url) as client:
+        (server,) = client._client._servers.all
+        fake_server.versions = ("2",)
+        server._wire.served = never
+        client._client.timeout_s = 0.5
+        assert client.infer(IMAGE).version == "2"
+
+
+def test_a_lost_server_comes_back_beside_one_that_answers(fake_server, second_server):
+    with Client([fake_server.url, second_server.url]) as client:
+        lost = client._client._servers.all[0]
+        lost.lost()
+        for _ in range(50):
+            client.infer(IMAGE)
+        assert lost.served is not None
+        assert fake_server.sent
+
+
+def test_full_shared_memory_is_an_error_that_says_what_to_do(monkeypatch, tmp_path):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("scaphoid.triton_repo.requests.shared_regions.FOLDER", tmp_path)
+    regions = SharedRegions("127.0.0.1:8001")
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "posix_fallocate", full)
+        with pytest.raises(ServerUnavailable, match=r"2 MB.*No space.*leave out shared"):
+            asyncio.run(regions._create(None, 2**20 + 1))
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr("scaphoid.triton_repo.requests.shared_regions.FOLDER", tmp_path / "missing")
+    with pytest.raises(ServerUnavailable, match="No such file"):
+        asyncio.run(regions._create(None, 1))
+
+
+def test_all_threads_share_one_loop():
+    async def running():
+        time.sleep(0.01)
+        return asyncio.get_running_loop()
+
+    client_module._loop.cache_clear()
+    barrier = threading.Barrier(16)
+    with ThreadPoolExecutor(16) as threads:
+        loops = threads.map(lambda _: (barrier.wait(), client_module._wait(running()))[1], range(16))
+        assert len(set(loops)) == 1
+
+
+def test_a_forked_child_opens_clients_of_its_own(http_server):
+    """In a process of its own: a fork keeps what other tests have opened."""
+    url = http_server(TRITON)
+    code = f"""
+import os, signal
+from scaphoid.triton_repo.client import Client
+with Client({url!r}) as client:
+    if os.fork() == 0:
+        signal.alarm(20)
+        try:
+            client.infer(b"x")
+        except RuntimeError:
+            with Client({url!r}) as own:
+                os._exit(0 if own.version == "1@77" else 2)
+        os._exit(3)
+    raise SystemExit(os.waitstatus_to_exitcode(os.wait()[1]))
+"""
+    outcome = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert outcome.returncode == 0, outcome.stderr
+
+
+def test_one_image_is_not_taken_for_many(fake_server):
+    with Client(fake_server.url) as client:
+        for image in ("hand.png", b"bytes", pixels(1)):
+            with pytest.raises(TypeError, match="pass a list"):
+                client.predict_all(image)
+        with pytest.raises(RequestRejected, match="no file can have this path"):
+            client.predict("a\0b")
+
+
+def test_a_client_that_is_not_connected_says_so(fake_server):
+    client = Client(fake_server.url)
+    for _ in range(2):
+        for use in (lambda: client.infer(IMAGE), lambda: client.predict(IMAGE), lambda: client.predict_all([IMAGE])):
+            with pytest.raises(RuntimeError, match="not connected: use it inside"):
+                use()
+        with client:  # and closed
+            client.infer(IMAGE)
+
+
+TRITON = {
+    "/v2/health/ready": (200, b""),
+    "/v2/health/live": (200, b""),
+    "/v2/models/msfm": (200, json.dumps({"versions": ["1"], "outputs": [{"name": n} for n in FLOWS["msfm"].outputs]})),
+    "/v2/models/msfm/versions/1": (200, json.dumps({"versions": ["1"], "outputs": []})),
+    "/v2/models/msfm/config": (200, "{}"),
+    "/v2/models/msfm/versions/1/config": (200, json.dumps({"parameters": {"weights": {"string_value": "77"}}})),
+}
+
+
+@pytest.fixture
+def http_server():
+    """http_server(answers): the URL of a server that gives these, status and body by path, and else 404."""
+    servers = []
+
+    def start(answers):
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self):
+                self.rfile.read(int(self.headers.get("Content-Length", 0)))
+                status, body = answers.get(self.path, (404, b""))
+                body = body.encode() if isinstance(body, str) else body
+                self.send_response(status)
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
+
+            do_POST = do_GET
+
+            def log_message(self, *_):
+                pass
+
+        server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        servers.append(server)
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        return f"http://127.0.0.1:{server.server_port}"
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.mark.parametrize(
+    "answers",
+    [
+        {},
+        TRITON | {"/v2/models/msfm": (200, "<html>")},
+        TRITON | {"/v2/models/msfm": (200, "[]")},
+        TRITON | {"/v2/models/msfm/infer": (200, "<html>")},
+        TRITON | {"/v2/models/msfm/infer": (200, "{}")},
+    ],
+)
+def test_what_is_no_triton_server_is_named(http_server, answers):
+    with (
+        pytest.raises(ServerUnavailable, match="is no Triton server"),
+        Client(http_server(answers), retry_s=0) as client,
+    ):
+        client.infer(IMAGE)
+
+
+def test_a_missing_key_is_not_the_images_fault_and_not_waited_for(http_server):
+    restricted = json.dumps({"error": "This API is restricted, expecting header 'scaphoid-key'"})
+    began = time.monotonic()
+    url, told = (
+        http_server(TRITON | {"/v2/models/msfm/infer": (403, restricted)}),
+        "key for HTTP is missing.*as that user",
+    )
+    with Client(url) as client, pytest.raises(ServerUnavailable, match=told):
+        client.infer(IMAGE)
+    assert time.monotonic() - began < 30
+
+
+def test_a_quarantine_outlives_a_cut_line_and_a_full_disk(fake_server, refusal, tmp_path, caplog):
+    path = tmp_path / "quarantine.jsonl"
+    quarantine = Quarantine(path)
+    for _ in range(STRIKES):
+        quarantine.strike(IMAGE, "engine lost")
+    whole = path.read_bytes()
+    path.write_bytes(whole + whole[:30])
+    again = Quarantine(path)
+    assert "line 3 was cut" in caplog.text
+    assert again.reason(IMAGE) == "engine lost"
+    for _ in range(STRIKES):
+        again.strike(b"another", "why")
+    assert Quarantine(path).reason(b"another") == "why"
+    fake_server.behave = refusal(STATUS.INTERNAL, "engine lost")
+    unwritable = Quarantine(tmp_path / "missing" / "file")
+    with Client(fake_server.url, quarantine=unwritable) as client, pytest.raises(RequestFailed, match="engine lost"):
+        client.infer(IMAGE)
+    assert "the strike is not kept" in caplog.text

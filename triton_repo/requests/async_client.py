@@ -9,11 +9,13 @@ bytes (quarantine.py). Inference changes nothing on the server, so all of that i
 
 import asyncio
 import logging
+import os
 import time
 import uuid
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
@@ -33,8 +35,8 @@ from scaphoid.triton_repo.requests.failures import (
 from scaphoid.triton_repo.requests.protocols import (
     BUSY,
     FAILED,
+    FORBIDDEN,
     REJECTED,
-    UNREACHABLE,
     Call,
     Reply,
     Tls,
@@ -52,6 +54,7 @@ PARTS_OUTPUTS = ("parts_probability", "probability_with_parts")
 log = logging.getLogger("scaphoid.client")
 
 Image = str | Path | bytes | np.ndarray
+T = TypeVar("T")
 
 
 def wanted_outputs(flow: str, parts: bool) -> tuple[str, ...]:
@@ -115,8 +118,10 @@ class AsyncClient:
         quarantine: Quarantine | None = None,
     ) -> None:
         self.outputs = wanted_outputs(flow, parts) if outputs is None else tuple(outputs)
-        if in_flight < 1 or not timeout_s > 0:
-            raise ValueError(f"expected in_flight >= 1 and timeout_s > 0, got {in_flight} and {timeout_s}")
+        if not isinstance(in_flight, int) or in_flight < 1 or not timeout_s > 0:
+            raise ValueError(f"expected a whole in_flight >= 1 and timeout_s > 0, got {in_flight!r} and {timeout_s}")
+        if not isinstance(priority, int) or priority < 0 or not (retry_s is None or retry_s >= 0):
+            raise ValueError(f"expected a whole priority >= 0 and retry_s >= 0, got {priority!r} and {retry_s}")
         self.addresses = (servers,) if isinstance(servers, str) else tuple(servers)
         if not self.addresses:
             raise ValueError("servers: expected at least one address, HOST:PORT")
@@ -126,14 +131,14 @@ class AsyncClient:
         self.quarantine = Quarantine() if quarantine is None else quarantine
         self._pinned, self._limit, self._priority, self._tls = version, in_flight, priority, tls
         self._regions = [SharedRegions(address) if shared_memory else None for address in self.addresses]
+        self._process: int | None = None  # that it is connected in
 
     async def __aenter__(self) -> "AsyncClient":
         wires = [wire(address, self._tls, self._limit) for address in self.addresses]
         self._servers = Servers(map(Server, self.addresses, wires, self._regions))
         self._in_flight = InFlight(self._limit)
         self._running: set[asyncio.Task] = set()
-        meeting = (server.meet(self.flow, self._pinned, self.outputs) for server in self._servers.all)
-        met = await asyncio.gather(*meeting, return_exceptions=True)
+        met = await asyncio.gather(*map(self._meeting, self._servers.all), return_exceptions=True)
         if all(isinstance(each, BaseException) for each in met):
             await self._close()
             raise met[0] if len(met) == 1 else ServerUnavailable("; ".join(map(str, met)))
@@ -141,11 +146,15 @@ class AsyncClient:
         parameters = first.served.parameters
         self.phantoms, self.accepted = parameters.get(TRAINED_ON_PHANTOMS, ""), parameters.get(ACCEPTED, "")
         newest = self._pinned or max(first.served.versions, key=int, default="")
-        self.version = await first.label(self.flow, newest)
+        self.version = await first.label(self.flow, newest, time.monotonic() + self.timeout_s)
+        self._process = os.getpid()
         return self
 
     async def __aexit__(self, *_: object) -> None:
         """Waits for what is in flight, as long as one image may take: a request is never cancelled (protocols.py)."""
+        if self._process != os.getpid():
+            return  # the connections are the parent's
+        self._process = None
         if self._running:
             await asyncio.wait(self._running, timeout=self.timeout_s)
         await self._close()
@@ -154,13 +163,23 @@ class AsyncClient:
         for server in self._servers.all:
             await server.close()
 
+    def _check_connected(self) -> None:
+        if self._process != os.getpid():
+            raise RuntimeError(
+                "the client is not connected: use it inside `with Client(...) as client` (AsyncClient: `async with`), "
+                "in the process that opened it"
+            )
+
     async def predict(self, image: Image) -> Result:
         """The answer about one image. Raises RequestRejected, Quarantined, RequestFailed (DeadlineExceeded among them)
-        or ServerUnavailable."""
+        or ServerUnavailable; RuntimeError unless connected."""
+        self._check_connected()
         try:
             loaded = await asyncio.to_thread(load_image, image)
         except RejectedImage as error:
             raise RequestRejected(str(error)) from error
+        except ValueError as error:
+            raise RequestRejected(f"no file can have this path ({type(error).__name__})") from error
         return self._result(loaded, await self.infer(loaded.encoded))
 
     def _result(self, loaded: Loaded, outputs: Outputs) -> Result:
@@ -173,7 +192,10 @@ class AsyncClient:
 
     async def predict_all(self, images: Iterable[Image]) -> list[Result | ClientError]:
         """An answer, or the error it ended with, for each of `images`, in their order. Once no server can be reached
-        any more, what is left is given that error without waiting again."""
+        any more, what is left is given that error without waiting again. Raises TypeError for a single image."""
+        self._check_connected()
+        if isinstance(images, Image):
+            raise TypeError(f"predict_all takes many images, got one ({type(images).__name__}): pass a list of them")
         answers: list[Result | ClientError | None] = []
         waiting = iter(images)
         gone: ServerUnavailable | None = None
@@ -200,6 +222,7 @@ class AsyncClient:
 
         Raises what `predict` raises; every error carries the request's id.
         """
+        self._check_connected()
         request_id, deadline = uuid.uuid4().hex, time.monotonic() + self.timeout_s
         if known := self.quarantine.reason(encoded):
             raise Quarantined(f"not sent, it failed every time: {known}", request_id)
@@ -229,19 +252,17 @@ class AsyncClient:
             raise self._late(request_id) from None
         refused, task, until = None, None, min(deadline, time.monotonic() + self.retry_s)
         try:
-            while (server := await self._servers.next(until, avoid, tried=refused is not None)) is not None:
+            while (server := await self._next(until, avoid, tried=refused is not None)) is not None:
                 sent = time.monotonic()
                 try:
                     if server.served is None:
-                        await server.meet(self.flow, self._pinned, self.outputs)
+                        await self._in_time(self._meeting(server), deadline, request_id, refused)
                     if alone and not await self._answers(server, deadline):
                         raise WireError(BUSY, f"the server at {server.address} answers nobody at present")
                     task = self._start(server, encoded, request_id)
-                    if not (await asyncio.wait({task}, timeout=max(0.0, deadline - time.monotonic())))[0]:
-                        raise self._late(request_id, refused)
-                    reply = task.result()
+                    reply = await self._in_time(task, deadline, request_id, refused)
                     server.answered()
-                    version = await server.label(self.flow, reply.version)
+                    version = await server.label(self.flow, reply.version, deadline)
                     return Outputs(reply.tensors, request_id, version, server.address), server
                 except WireError as error:
                     if error.lost:
@@ -252,6 +273,8 @@ class AsyncClient:
                     if error.kind == FAILED:
                         return str(error), server
                     refused = error
+                    if error.kind == FORBIDDEN:
+                        until = sent  # waiting does not help
                 except ServerUnavailable as error:
                     server.refused(sent)
                     refused = error
@@ -261,9 +284,25 @@ class AsyncClient:
                 self._in_flight.give(places)
             else:
                 task.add_done_callback(lambda _: self._in_flight.give(places))
-        if isinstance(refused, WireError) and refused.kind != UNREACHABLE:
+        if isinstance(refused, WireError) and refused.kind == BUSY:
             raise RequestFailed(str(refused), request_id)
         raise ServerUnavailable(f"no server is left: {refused}", request_id)
+
+    async def _next(self, until: float, avoid: Server | None, tried: bool) -> Server | None:
+        """Servers.next. Who was lost is met again meanwhile, beside the requests that the others answer."""
+        for server in self._servers.all:
+            if server.served is None and server.rests_until <= time.monotonic():
+                self._meeting(server)
+        return await self._servers.next(until, avoid, tried)
+
+    def _meeting(self, server: Server) -> asyncio.Task[None]:
+        return server.meeting(self.flow, self._pinned, self.outputs)
+
+    async def _in_time(self, task: asyncio.Task[T], deadline: float, request_id: str, refused: Exception | None) -> T:
+        """What the task gives; it goes on when nobody waits for it any more."""
+        if not (await asyncio.wait({task}, timeout=max(0.0, deadline - time.monotonic())))[0]:
+            raise self._late(request_id, refused)
+        return task.result()
 
     def _late(self, request_id: str, refused: Exception | None = None) -> DeadlineExceeded:
         before = f"; before that: {refused}" if refused else ""

@@ -9,9 +9,11 @@ request runs crashes the wheel's server (core 2.51), for every client. Who waits
 """
 
 import asyncio
+import os
 import re
 import ssl
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -33,8 +35,14 @@ ADDRESS = re.compile(r"(?:(grpcs?|https?)://)?(\[[0-9a-fA-F:]+\]|[^\s/:\[\]]+):(
 REJECTED = "rejected"  # the request is at fault
 BUSY = "busy"  # the server refused before it began: a full queue
 UNREACHABLE = "unreachable"  # nothing was sent, or no such model
+FORBIDDEN = "forbidden"  # the server wants a key that is not here (keys.py)
 FAILED = "failed"  # it began and failed, or the connection was lost on the way: nobody knows
-_HTTP_KINDS = {"400": REJECTED, "403": REJECTED, "404": UNREACHABLE, "413": REJECTED, "503": BUSY}
+NO_TRITON = "what answers there is no Triton server"
+NO_KEY = (
+    "the key for HTTP is missing or another server's: scaphoid-serve leaves it for its own user; run the client as "
+    "that user on that machine, or use gRPC"
+)
+_HTTP_KINDS = {"400": REJECTED, "403": FORBIDDEN, "404": UNREACHABLE, "413": REJECTED, "503": BUSY}
 _GRPC_KINDS = {
     "INVALID_ARGUMENT": REJECTED,
     "NOT_FOUND": UNREACHABLE,
@@ -110,7 +118,7 @@ class Wire(Protocol):
 
 def wire(address: str, tls: Tls | None, in_flight: int) -> Wire:
     """The connection for `address`; nothing is sent yet. Raises ValueError for an address of another form, OSError for
-    certificates that cannot be read."""
+    certificates that cannot be read, RuntimeError for gRPC in the fork of a process that has used it."""
     found = ADDRESS.fullmatch(address)
     if not found or not 0 < int(found[3]) < 65536:
         raise ValueError(f"a Triton server is HOST:PORT, grpc://HOST:PORT or http://HOST:PORT, got {address!r}")
@@ -130,7 +138,12 @@ def port(address: str) -> int:
 
 
 class _Grpc:
+    _process: int | None = None  # that gRPC's threads run in
+
     def __init__(self, place: str, tls: Tls | None, in_flight: int) -> None:
+        _Grpc._process = _Grpc._process or os.getpid()
+        if _Grpc._process != os.getpid():
+            raise RuntimeError("gRPC does not survive a fork: spawn the process instead, or use http://HOST:PORT")
         files = {} if tls is None else {"root_certificates": tls.ca, "private_key": tls.key}
         if tls is not None:
             files |= {"ssl": True, "certificate_chain": tls.certificate}
@@ -158,10 +171,12 @@ class _Grpc:
 
     async def register(self, name: str, path: str, size: int, key: str) -> None:
         headers = {GRPC_KEY_HEADER: key}
-        await self._ask(self._server.register_system_shared_memory(name, path, size, headers=headers))
+        given = {"headers": headers, "client_timeout": PROBE_TIMEOUT_S}
+        await self._ask(self._server.register_system_shared_memory(name, path, size, **given))
 
     async def unregister(self, name: str, key: str) -> None:
-        await self._ask(self._server.unregister_system_shared_memory(name, headers={GRPC_KEY_HEADER: key}))
+        given = {"headers": {GRPC_KEY_HEADER: key}, "client_timeout": PROBE_TIMEOUT_S}
+        await self._ask(self._server.unregister_system_shared_memory(name, **given))
 
     async def close(self) -> None:
         await self._server.close()
@@ -191,21 +206,27 @@ class _Http:
         )
 
     async def ready(self) -> bool:
-        return await self._ask(self._server.is_server_ready(), PROBE_TIMEOUT_S)
+        if await self._ask(self._server.is_server_ready(), PROBE_TIMEOUT_S):
+            return True
+        if not await self._ask(self._server.is_server_live(), PROBE_TIMEOUT_S):
+            raise WireError(UNREACHABLE, NO_TRITON)
+        return False
 
     async def served(self, flow: str, version: str) -> Served:
-        model = await self._ask(self._server.get_model_metadata(flow, version), PROBE_TIMEOUT_S)
-        config = await self._ask(self._server.get_model_config(flow, version), PROBE_TIMEOUT_S)
-        parameters = {name: value["string_value"] for name, value in config.get("parameters", {}).items()}
         key = find_local_key(port(self._place)) if is_loopback(self._place) else None
         self._key = {} if key is None else {KEY_HEADER: key}
-        return Served(tuple(output["name"] for output in model["outputs"]), tuple(model["versions"]), parameters)
+        with _understood():
+            model = await self._ask(self._server.get_model_metadata(flow, version), PROBE_TIMEOUT_S)
+            config = await self._ask(self._server.get_model_config(flow, version), PROBE_TIMEOUT_S)
+            parameters = {name: value["string_value"] for name, value in config.get("parameters", {}).items()}
+            return Served(tuple(output["name"] for output in model["outputs"]), tuple(model["versions"]), parameters)
 
     async def infer(self, call: Call) -> Reply:
         given, wanted = _tensors(triton_http, call)
         named = {"request_id": call.request_id, "priority": call.priority, "headers": dict(self._key)}
-        result = await self._ask(self._server.infer(call.flow, [given], call.version, wanted, **named))
-        return _reply(call, result, result.get_response()["model_version"])
+        with _understood():
+            result = await self._ask(self._server.infer(call.flow, [given], call.version, wanted, **named))
+            return _reply(call, result, result.get_response()["model_version"])
 
     async def register(self, name: str, path: str, size: int, key: str) -> None:
         headers = {KEY_HEADER: key}
@@ -229,7 +250,18 @@ class _Http:
         except InferenceServerException as error:
             status = str(error.status())
             kind = _HTTP_KINDS.get(status, FAILED)
+            if kind == FORBIDDEN:
+                raise WireError(kind, f"{NO_KEY} ({_line(error.message())})", lost=True) from error
             raise WireError(kind, _told(f"HTTP {status}", kind, error.message())) from error
+
+
+@contextmanager
+def _understood() -> Iterator[None]:
+    """What another kind of server answers is not JSON, or lacks a field."""
+    try:
+        yield
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise WireError(UNREACHABLE, NO_TRITON, lost=True) from error
 
 
 def _context(tls: Tls) -> ssl.SSLContext:

@@ -17,8 +17,9 @@ class Servers:
     async def next(self, until: float, avoid: Server | None = None, tried: bool = False) -> Server | None:
         """The least busy server that does not rest; when all do, the first to wake, waited for. When that would be
         after `until` (time.monotonic), it is taken at once, or None if one was `tried`. `avoid` is taken only when
-        there is no other."""
-        others = [server for server in self.all if server is not avoid] or self.all
+        there is no other, and one that is not met yet only when none is: it may never answer."""
+        met = [server for server in self.all if server.served is not None] or self.all
+        others = [server for server in met if server is not avoid] or met
         now = time.monotonic()
         if awake := [server for server in others if server.rests_until <= now]:
             return min(awake, key=lambda server: server.in_flight)

@@ -1,5 +1,6 @@
 """One server as a client sees it: what it serves, how it has behaved, and one request to it."""
 
+import asyncio
 import random
 import time
 from collections.abc import Sequence
@@ -26,6 +27,7 @@ class Server:
         self._wire, self._regions = wire, regions
         self._labels: dict[str, str] = {}  # model version -> what results are labelled with
         self._refusals = 0  # in a row
+        self._meeting: asyncio.Task[None] | None = None
 
     async def meet(self, flow: str, version: str, outputs: Sequence[str]) -> None:
         """Ask what it serves. Raises ServerUnavailable, naming what is missing and what to do."""
@@ -53,12 +55,26 @@ class Server:
             self._regions.check()
         self.served = served
 
-    async def label(self, flow: str, version: str) -> str:
-        """`version` and the hash of its weights, where the server tells it."""
+    def meeting(self, flow: str, version: str, outputs: Sequence[str]) -> asyncio.Task[None]:
+        """`meet`, beside whatever is going on; the one that is going on, if there is one."""
+        if self._meeting is None or self._meeting.done():
+            sent = time.monotonic()
+
+            def ended(task: asyncio.Task) -> None:
+                if not task.cancelled() and task.exception() is not None:
+                    self.refused(sent)
+
+            self._meeting = asyncio.ensure_future(self.meet(flow, version, outputs))
+            self._meeting.add_done_callback(ended)
+        return self._meeting
+
+    async def label(self, flow: str, version: str, until: float) -> str:
+        """`version` and the hash of its weights, where the server tells it before `until` (time.monotonic)."""
         if version not in self._labels:
             try:
-                served = await self._wire.served(flow, version)
-            except WireError:
+                async with asyncio.timeout(until - time.monotonic()):
+                    served = await self._wire.served(flow, version)
+            except (WireError, TimeoutError):
                 return version
             weights = served.parameters.get(WEIGHTS, "")
             self._labels[version] = f"{version}@{weights}" if weights else version
@@ -95,6 +111,8 @@ class Server:
             self._regions.forget()
 
     async def close(self) -> None:
+        if self._meeting is not None:
+            self._meeting.cancel()
         if self._regions is not None:
             await self._regions.close(self._wire)
         await self._wire.close()

@@ -27,8 +27,8 @@ class _Mapped:
 
 
 class SharedRegions:
-    """The regions of one client at one server. Raises ServerUnavailable when the server is not on this machine or its
-    key cannot be had."""
+    """The regions of one client at one server. Raises ServerUnavailable when the server is not on this machine, or its
+    key or the memory cannot be had."""
 
     def __init__(self, address: str) -> None:
         if not is_loopback(address):
@@ -76,13 +76,10 @@ class SharedRegions:
         size = max(LEAST, 1 << (size - 1).bit_length())
         name = f"scaphoid-client-{os.getpid()}-{uuid.uuid4().hex}"
         path = FOLDER / name
-        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
         try:
-            os.ftruncate(handle, size)
-            region = _Mapped(name, mmap.mmap(handle, size))
+            region = _Mapped(name, _allocate(path, size))
             await wire.register(name, f"/{name}", size, self._key())
         finally:
-            os.close(handle)
             path.unlink(missing_ok=True)
         self._known[name] = region
         return region
@@ -100,3 +97,18 @@ class SharedRegions:
                 "run the client as that user on that machine, or leave out shared_memory"
             )
         return key
+
+
+def _allocate(path: Path, size: int) -> mmap.mmap:
+    try:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+        try:
+            os.posix_fallocate(handle, 0, size)  # ftruncate promises what is not there: SIGBUS at the first write
+            return mmap.mmap(handle, size)
+        finally:
+            os.close(handle)
+    except OSError as error:
+        raise ServerUnavailable(
+            f"no {size / 2**20:g} MB of shared memory in {path.parent} ({error.strerror}): make room there "
+            "(a container: --shm-size), or leave out shared_memory"
+        ) from error
