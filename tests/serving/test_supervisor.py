@@ -205,7 +205,7 @@ def test_a_late_canary_while_starting_is_waited_for(tmp_path, monkeypatch):
         if len(canaries) == 1:
             raise CanaryLate("late")
 
-    server.process = types.SimpleNamespace(launch=lambda: None, exit_code=None)
+    server.process = types.SimpleNamespace(launch=lambda: None, exit_code=None, note_backends=lambda: None)
     monkeypatch.setattr(server.api, "is_ready", lambda flow: True)
     monkeypatch.setattr(server, "canary", late_once)
     server.launch(threading.Event())

@@ -80,15 +80,16 @@ class TritonProcess:
         """None while it runs."""
         return self._running.poll()
 
+    def note_backends(self) -> None:
+        """Remember which model each backend process serves: a dead one does not tell."""
+        unknown = [pid for pid in children(self.pid) if pid not in self._models]
+        self._models |= {pid: model for pid in unknown if (model := model_of(pid))}
+
     def dead_backend(self) -> str | None:
         """The model whose backend process has died, if one has: call this often. Triton never waits for a process that
         it did not end itself, so that it stays a zombie; one that Triton ended is one for a moment only."""
-        zombies = set()
-        for pid in children(self.pid):
-            if _state(pid) == "Z":
-                zombies.add(pid)
-            elif pid not in self._models:
-                self._models[pid] = model_of(pid)
+        self.note_backends()
+        zombies = {pid for pid in children(self.pid) if _state(pid) == "Z"}
         dead, self._zombies = zombies & self._zombies, zombies
         return next((self._models.get(pid, "a model") for pid in dead), None)
 
@@ -119,12 +120,13 @@ def children(pid: int) -> list[int]:
 
 
 def model_of(pid: int) -> str:
-    """The model that a backend process serves; its command names REPOSITORY/MODEL/VERSION/model.py."""
+    """The model that a backend process serves; its command names REPOSITORY/MODEL/VERSION/model.py. Empty while it
+    does not: a process that was just forked has its parent's."""
     try:
         words = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
-        return Path(words[1]).parents[1].name or "a model"
+        return Path(words[1]).parents[1].name
     except (OSError, IndexError):
-        return "a model"
+        return ""
 
 
 def started_at(pid: int | str) -> str:

@@ -140,6 +140,7 @@ class Server:
                     waiting.pop(0)
             except (OSError, CanaryLate):
                 pass  # not listening yet, or slow to begin
+        self.process.note_backends()
         self.generation += 1
         self.serving.set()
 
