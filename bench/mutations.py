@@ -186,18 +186,24 @@ def png_chunks(data: bytes, rng: random.Random) -> bytes:
     chunks = _chunks(data)
     if len(chunks) < 2:
         return data
-    a, b = rng.randrange(len(chunks)), rng.randrange(len(chunks))
-    change = rng.randrange(4)
-    if change == 0:
-        chunks[a], chunks[b] = chunks[b], chunks[a]
-    elif change == 1:
-        del chunks[a]
-    elif change == 2:
-        chunks.insert(b, chunks[a])
-    else:
+    _, b, done = _rearrange(chunks, rng)
+    if not done:
         kind = rng.choice((b"tRNS", b"acTL", b"PLTE", b"iCCP", b"eXIf", b"zTXt", b"gAMA", b"sBIT", b"JUNK"))
         chunks.insert(b, (kind, rng.randbytes(rng.choice((0, 1, 6, 768)))))
     return _png(chunks)
+
+
+def _rearrange(parts: list, rng: random.Random) -> tuple[int, int, bool]:
+    """Exchange, leave out or repeat one of `parts`, three times of four. Returns two places, and whether it did."""
+    a, b = rng.randrange(len(parts)), rng.randrange(len(parts))
+    change = rng.randrange(4)
+    if change == 0:
+        parts[a], parts[b] = parts[b], parts[a]
+    elif change == 1:
+        del parts[a]
+    elif change == 2:
+        parts.insert(b, parts[a])
+    return a, b, change != 3
 
 
 def png_pixels(data: bytes, rng: random.Random) -> bytes:
@@ -235,15 +241,8 @@ def _jpeg_segments(data: bytes) -> list[bytes]:
 
 def jpeg_segments(data: bytes, rng: random.Random) -> bytes:
     segments = _jpeg_segments(data)
-    a, b = rng.randrange(len(segments)), rng.randrange(len(segments))
-    change = rng.randrange(4)
-    if change == 0:
-        segments[a], segments[b] = segments[b], segments[a]
-    elif change == 1:
-        del segments[a]
-    elif change == 2:
-        segments.insert(b, segments[a])
-    else:
+    a, _, done = _rearrange(segments, rng)
+    if not done:
         segments[a] = flip_bits(segments[a], rng)
     return b"".join(segments)
 
