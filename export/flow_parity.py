@@ -158,15 +158,8 @@ class Parity:
             f"{name} {after:.4f} instead of {before:.4f}, at most {bar:g} may lie between"
             for score, bar in zip(SCORES, (self.tolerance.auroc, self.tolerance.kappa), strict=True)
             for name, (before, after, difference) in self.scores.items()
-            if name.startswith(score) and self._moved(difference) > bar
+            if name.startswith(score) and abs(difference.value) > bar
         ]
-
-    def _moved(self, difference: Estimate) -> float:
-        """By how much a score moved; where single images are not judged, because verdicts flip at random in both
-        directions, by how much at least."""
-        if self.each_image:
-            return abs(difference.value)
-        return max(difference.low, -difference.high, 0.0)
 
     def summary(self) -> dict:
         """Every figure, for a report. Images are numbers: a file's name might be a patient's."""

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from scaphoid.export.tolerances import DECIDING_PIXELS
 from scaphoid.trainer.contracts import Stage
 from scaphoid.trainer.stages.encoder import Encoder
 
@@ -70,6 +71,11 @@ def with_half_backbone(module: nn.Module, wrap: type[nn.Module] = HalfBackbone) 
     return module
 
 
+def in_half(stage: Stage, precision: str) -> bool:
+    """Whether the backbone of the encoder `stage` computes in fp16."""
+    return precision == "f16" and stage.name not in DECIDING_PIXELS
+
+
 def torch_to_onnx(
     module: nn.Module, example: tuple[Tensor, ...], stage: Stage, path: Path, precision: str = "f32"
 ) -> None:
@@ -85,7 +91,7 @@ def torch_to_onnx(
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the trace fixes every size but the batch: wanted
         torch.onnx.export(
-            (with_half_backbone(module, Bracketed) if precision == "f16" else module).eval(),
+            (with_half_backbone(module, Bracketed) if in_half(stage, precision) else module).eval(),
             example,
             file,
             dynamo=False,  # the other exporter takes many times as long and writes source paths into the file
@@ -99,7 +105,7 @@ def torch_to_onnx(
         for dim, real in list(zip(port.type.tensor_type.shape.dim, size, strict=True))[1:]:
             dim.dim_value = real  # where the exporter lost it
     cast_before_reshape(model)
-    if precision == "f16":
+    if in_half(stage, precision):
         halve(model)
     check_door(model, stage)
     onnx.checker.check_model(model, full_check=True)

@@ -36,7 +36,7 @@ from scaphoid.export.tensorrt_engines.build_engines import (
     load_tensorrt,
     make_jobs,
 )
-from scaphoid.export.torch_to_onnx import with_half_backbone
+from scaphoid.export.torch_to_onnx import in_half, with_half_backbone
 from scaphoid.trainer.contracts import STAGES, Stage
 
 MODULE = "torch_tensorrt"
@@ -62,7 +62,7 @@ def torch_to_tensorrt(
     Raises BuildError without torch-tensorrt or a driver or when it cannot convert the stage, BuilderGaveUp.
     """
     torch_tensorrt = load_torch_tensorrt()
-    module = with_half_backbone(module) if precision == "f16" else copy.deepcopy(module)
+    module = with_half_backbone(module) if in_half(stage, precision) else copy.deepcopy(module)
     example = torch.zeros(max(shapes[1][0], 2), *shapes[1][1:], dtype=torch.uint8)
     batch = Dim("batch", min=shapes[0][0], max=shapes[2][0])
     with torch.no_grad():

@@ -107,6 +107,16 @@ def test_parts_are_cast_before_they_are_reshaped(tmp_path):
         torch.testing.assert_close(OnnxStage(path, stage)(parts[:1])[0], module(parts[:1]), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize(("name", "half"), [("fma_encoder", False), ("encoder", True)])
+def test_the_encoder_whose_map_decides_each_pixel_is_written_in_full_precision(name, half, tmp_path):
+    onnx = pytest.importorskip("onnx")
+    stage, path = STAGES[name], tmp_path / f"{name}.f16.onnx"
+    module = Msfm(MsfmConfig("test_resnet", image_size=96, part_size=64)).stages()[name]
+    FORMATS["onnx"].write(module, (torch.zeros(2, 1, 96, 96, dtype=torch.uint8),), stage, path)
+    types = {each.data_type for each in onnx.load(path).graph.initializer}
+    assert (onnx.TensorProto.FLOAT16 in types) == half
+
+
 def test_a_full_disk_leaves_nothing_half_written(weights, tmp_path, monkeypatch):
     out, exported = tmp_path / "artefacts", []
 
@@ -139,6 +149,15 @@ def test_every_exported_file_agrees_with_eager(weights, artefacts, tmp_path):
     assert any(error > 1e-6 for error in half), "f16 gave f32's results: nothing was computed in half precision"
 
 
+def rounded(report):
+    """The gate's report, every number to 1e-4: far below what may be wrong, above what the machine may round."""
+    if isinstance(report, dict):
+        return {name: rounded(each) for name, each in report.items()}
+    if isinstance(report, list):
+        return [rounded(each) for each in report]
+    return pytest.approx(report, abs=1e-4) if isinstance(report, float) else report
+
+
 @pytest.mark.slow
 def test_onnx_has_the_contracts_door_and_every_file_the_same_bytes_twice(weights, artefacts, tmp_path):
     import onnx
@@ -152,6 +171,8 @@ def test_onnx_has_the_contracts_door_and_every_file_the_same_bytes_twice(weights
 
     export([weights], tmp_path / "again", formats=["torchscript", "exported", "onnx"], images=2)
     files = [verify(folder)["files"] for folder in (artefacts, tmp_path / "again")]
+    reports = [json.loads((folder / "parity.json").read_text()) for folder in (artefacts, tmp_path / "again")]
+    assert reports[0] == rounded(reports[1])
     rounding = {"parity.json", "parity.md"}  # errors of engines whose sums depend on how many threads were free
     assert {name: files[0][name] for name in files[0].keys() - rounding} == {
         name: files[1][name] for name in files[1].keys() - rounding
