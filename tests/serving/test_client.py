@@ -619,7 +619,8 @@ def test_a_missing_key_is_not_the_images_fault_and_not_waited_for(http_server):
     assert time.monotonic() - began < 30
 
 
-def test_a_quarantine_outlives_a_cut_line_and_a_full_disk(fake_server, refusal, tmp_path):
+def test_a_quarantine_outlives_a_cut_line_and_a_full_disk(fake_server, refusal, tmp_path, caplog):
+    caplog.set_level(logging.WARNING, "scaphoid.client")
     path = tmp_path / "quarantine.jsonl"
     quarantine = Quarantine(path)
     for _ in range(STRIKES):
@@ -627,6 +628,7 @@ def test_a_quarantine_outlives_a_cut_line_and_a_full_disk(fake_server, refusal, 
     whole = path.read_bytes()
     path.write_bytes(whole + whole[:30])
     again = Quarantine(path)
+    assert "line 3 was cut" in caplog.text
     assert again.reason(IMAGE) == "engine lost"
     for _ in range(STRIKES):
         again.strike(b"another", "why")
@@ -635,3 +637,4 @@ def test_a_quarantine_outlives_a_cut_line_and_a_full_disk(fake_server, refusal, 
     unwritable = Quarantine(tmp_path / "missing" / "file")
     with Client(fake_server.url, quarantine=unwritable) as client, pytest.raises(RequestFailed, match="engine lost"):
         client.infer(IMAGE)
+    assert "the strike is not kept" in caplog.text

@@ -133,8 +133,11 @@ def test_sigterm_lets_requests_in_flight_finish_and_leaves_nothing(serving, load
         while not requests.failures:
             time.sleep(0.02)
     assert not ready
-    lost = [message for sent, _, message in requests.failures if sent < signalled_at]
-    assert not [message for message in lost if "unknown model: 'kalm'" not in message]  # refused: it came too late
+    lost = [(sent, message) for sent, _, message in requests.failures if sent < signalled_at]
+    # One that was sent just before may arrive after the flow was unloaded: refused, so that another server is asked.
+    assert not [
+        message for sent, message in lost if "unknown model: 'kalm'" not in message or signalled_at - sent > 0.5
+    ]
     assert len({probability for *_, probability in requests.answers}) == 1
     assert not serving.shared_memory()
     assert serving.events[-1]["event"] == "stopped"
