@@ -30,7 +30,7 @@ from scaphoid.bench.kernel_report.sass import ToolMissing
 from scaphoid.bench.ops import Disagreement, OpsBench, bench_ops
 from scaphoid.bench.peaks import machine, peaks
 from scaphoid.bench.report import Report, Table
-from scaphoid.bench.server_load import LoadError, server_load
+from scaphoid.bench.server_load import LoadError, ensemble, server_load
 from scaphoid.bench.soak import Soak, soak
 from scaphoid.bench.tail import Tail, tail
 from scaphoid.bench.triage import Triage, triage
@@ -71,7 +71,7 @@ def bench_server(arguments: ServerBench) -> Report:
     here = machine()
     images = [path.read_bytes() for path in arguments.images]
     bounds = (arguments.clients, arguments.requests, arguments.seconds)
-    load = asyncio.run(server_load(arguments.url, arguments.flow, wanted, images, *bounds))
+    load = asyncio.run(server_load(arguments.url, ensemble(arguments.url, arguments.flow, wanted), images, *bounds))
     columns = ("clients (count)", "counted (images)", *RATE_COLUMNS, "failed (requests)")
     row = (arguments.clients, load.rate.images, *rate_cells(load.rate), len(load.failures))
     table = Table("Throughput and latency", columns, (row,))

@@ -1,23 +1,32 @@
 """One flow in one run: eager fp32, the exported engines in process, and the real Triton server, on the same PNG bytes.
 
-In process and server are measured in turn, in rounds: what else the machine does then hits both.
+The server is asked in three ways: the ensemble for a PNG file, the ensemble for the same pixels (PGM) in shared memory,
+and the ensemble's models one after the other by the client, which is what an ensemble saves. In process and every way
+are measured in turn, in rounds: what else the machine does then hits all.
 """
 
 import asyncio
+import io
 import statistics
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
+import numpy as np
+from PIL import Image
+
+from scaphoid.bench.chained import ChainedClient
 from scaphoid.bench.flow import eager_flow, engine_flow, gflop_an_image, sweep, untrained_weights
 from scaphoid.bench.peaks import Machine, Peaks, machine, peaks
 from scaphoid.bench.report import Report, Table
-from scaphoid.bench.server_load import Load, StageTotals, server_load
+from scaphoid.bench.server_load import Connect, Load, StageTotals, ensemble, server_load
 from scaphoid.bench.timing import Rate, measure, session_cpu_s, together
 from scaphoid.export.export import export
 from scaphoid.export.precision import Precision, effective_precision
+from scaphoid.trainer.data.dicom import to_pgm
 from scaphoid.trainer.data.index import read_index
 from scaphoid.trainer.data.phantom.generate import generate
 from scaphoid.triton_repo.assemble import assemble
@@ -29,6 +38,8 @@ PHANTOM_SEED = 448
 GATE_IMAGES = 8  # of the gate of the export: a ResNet-50 flow takes seconds an image
 EAGER_BATCHES = (1, 4)
 REQUESTS_TIMES = 4  # the bound on requests: so many times what the flow does in process
+FILES, PIXELS, CHAINED = "PNG files", "pixels in shared memory", "steps chained by the client"
+WAYS = (FILES, PIXELS, CHAINED)  # to ask the server
 RATE_COLUMNS = ("rate (images/s)", "p50 (ms)", "p95 (ms)", "p99 (ms)")
 
 
@@ -51,7 +62,7 @@ class Comparison:
     seconds: float = 20.0
     """Length of each of the rounds' spans; the sweep over batches takes half of it for each."""
     rounds: int = 3
-    """How often in process and server are measured, in turn: what else the machine does then hits both."""
+    """How often in process and each way to ask the server are measured, in turn."""
     parts: bool = True
     """Classify MSFM's windows as well: about half of its arithmetic."""
     out: Path = Path("runs/bench")
@@ -66,29 +77,28 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Measured:
-    """All of one run of `compare`. `engine` and `loads` have an entry a round."""
+    """All of one run of `compare`. `engine` has an entry a round, and so has every way in `loads` and `cpu_ms`."""
 
     gflop: float
     eager: dict[int, Rate]
     in_process: dict[int, Rate]
     batch: int
     engine: list[Rate]
-    loads: list[Load]
-    load_cpu_ms: list[float]
+    loads: dict[str, list[Load]]
+    cpu_ms: dict[str, list[float]]
     """Client and server together, of one image."""
     start_s: float
     stage_ms: dict[str, float]
     """In process, ms an image."""
 
-    @property
-    def ratios(self) -> list[float]:
+    def ratios(self, way: str) -> list[float]:
         """Server over in process, of every round."""
-        return [load.rate.images_per_s / rate.images_per_s for load, rate in zip(self.loads, self.engine, strict=True)]
+        pairs = zip(self.loads[way], self.engine, strict=True)
+        return [load.rate.images_per_s / rate.images_per_s for load, rate in pairs]
 
-    @property
-    def served(self) -> Rate:
-        """Triton, all rounds."""
-        return together([load.rate for load in self.loads])
+    def served(self, way: str = FILES) -> Rate:
+        """All rounds."""
+        return together([load.rate for load in self.loads[way]])
 
     @property
     def eager_images_per_s(self) -> float:
@@ -152,24 +162,37 @@ def measure_flow(arguments: Comparison, weights: Path, images: Sequence[bytes], 
     for account in times.values():
         account.reset()
     in_process: list[Rate] = []
-    loads: list[Load] = []
-    load_cpu_ms: list[float] = []
+    loads: dict[str, list[Load]] = {way: [] for way in WAYS}
+    spent_ms: dict[str, list[float]] = {way: [] for way in WAYS}
+    sent = {FILES: images, PIXELS: [pixels(image) for image in images], CHAINED: images}
     tell("starting Triton")
     with running_server(arguments.out / "repository", [arguments.flow], report=tell) as server:
+        connections = connect(server.grpc_url, arguments.flow, wanted)
         for number in range(1, arguments.rounds + 1):
             tell(f"round {number} of {arguments.rounds}: in process, then {arguments.clients} clients of Triton")
             in_process.append(measure(engine, images, batch, arguments.seconds))
             requests = round(REQUESTS_TIMES * in_process[-1].images_per_s * arguments.seconds) + arguments.clients
             bounds = (arguments.clients, requests, arguments.seconds)
-            cpu_s = time.process_time() + session_cpu_s(server.pid)
-            load = asyncio.run(server_load(server.grpc_url, arguments.flow, wanted, images, *bounds))
-            cpu_s = time.process_time() + session_cpu_s(server.pid) - cpu_s
-            loads.append(load)
-            load_cpu_ms.append(1e3 * cpu_s / load.stages["preprocess"].images)
+            for way in WAYS:
+                cpu_s = time.process_time() + session_cpu_s(server.pid)
+                load = asyncio.run(server_load(server.grpc_url, connections[way], sent[way], *bounds))
+                cpu_s = time.process_time() + session_cpu_s(server.pid) - cpu_s
+                loads[way].append(load)
+                spent_ms[way].append(1e3 * cpu_s / load.stages["preprocess"].images)
         start_s = server.start_s
     done = times["preprocess"].images
     stage_ms = {name: 1e3 * account.seconds / done for name, account in times.items() if account.images}
-    return Measured(gflop, eager_rates, rates, batch, in_process, loads, load_cpu_ms, start_s, stage_ms)
+    return Measured(gflop, eager_rates, rates, batch, in_process, loads, spent_ms, start_s, stage_ms)
+
+
+def connect(url: str, flow: str, wanted: Sequence[str]) -> dict[str, Connect]:
+    """By way of asking: how a client connects."""
+    chained = partial(ChainedClient, url, flow, wanted)
+    return {FILES: ensemble(url, flow, wanted), PIXELS: ensemble(url, flow, wanted, True), CHAINED: chained}
+
+
+def pixels(png: bytes) -> bytes:
+    return to_pgm(np.asarray(Image.open(io.BytesIO(png)).convert("L")))
 
 
 def rate_cells(rate: Rate) -> tuple[float, ...]:
@@ -189,7 +212,7 @@ def throughput_table(measured: Measured, clients: int, limits: Peaks) -> Table:
         *(row("eager fp32", batch, None, rate) for batch, rate in measured.eager.items()),
         *(row("engines, in process", batch, None, rate) for batch, rate in measured.in_process.items()),
         row("engines, in process, all rounds", measured.batch, None, together(measured.engine)),
-        row("engines, Triton, all rounds", None, clients, measured.served),
+        *(row(f"engines, Triton, {way}, all rounds", None, clients, measured.served(way)) for way in WAYS),
     ]
     columns = ("runtime", "batch (images)", "clients (count)", "counted (images)", *RATE_COLUMNS)
     beside = ("of eager fp32 (times)", "arithmetic (GFLOPS)", "of fp32 peak (%)")
@@ -198,20 +221,28 @@ def throughput_table(measured: Measured, clients: int, limits: Peaks) -> Table:
 
 def rounds_table(measured: Measured) -> Table:
     rows = []
-    for rate, load, cpu_ms in zip(measured.engine, measured.loads, measured.load_cpu_ms, strict=True):
-        ratio = load.rate.images_per_s / rate.images_per_s
-        row = (rate.images_per_s, load.rate.images_per_s, 100 * ratio, rate.cpu_ms, cpu_ms, len(load.failures))
-        rows.append((len(rows) + 1, *row))
-    rates = ("in process (images/s)", "Triton (images/s)", "Triton of in process (%)")
-    cpu = ("in process (core-ms an image)", "Triton and clients (core-ms an image)")
-    return Table("In process and Triton, in turn", ("round (number)", *rates, *cpu, "failed (requests)"), tuple(rows))
+    for number, rate in enumerate(measured.engine):
+        rows.append((number + 1, "in process", rate.images_per_s, 100.0, rate.cpu_ms, 0))
+        for way in WAYS:
+            load, ratio = measured.loads[way][number], measured.ratios(way)[number]
+            cells = (load.rate.images_per_s, 100 * ratio, measured.cpu_ms[way][number], len(load.failures))
+            rows.append((number + 1, f"Triton, {way}", *cells))
+    columns = (
+        "round (number)",
+        "runtime",
+        "rate (images/s)",
+        "of in process (%)",
+        "an image (core-ms)",
+        "failed (requests)",
+    )
+    return Table("In process and Triton, in turn", columns, tuple(rows))
 
 
 def stages_table(measured: Measured) -> Table:
     """Milliseconds an image of the flow: a stage used twice counts twice. In process stages follow each other
     and add up to the whole; behind Triton they share the cores, so each takes longer."""
     totals: dict[str, StageTotals] = {}
-    for name, stage in (item for load in measured.loads for item in load.stages.items()):
+    for name, stage in (item for load in measured.loads[FILES] for item in load.stages.items()):
         totals[name] = totals.get(name, StageTotals()) + stage
     served = totals["preprocess"].images
     rows = []
@@ -226,14 +257,21 @@ def stages_table(measured: Measured) -> Table:
 
 def conclusions(measured: Measured, clients: int, here: Machine) -> tuple[str, ...]:
     """The run in sentences."""
-    ratios = sorted(100 * ratio for ratio in measured.ratios)
-    facts = [
-        f"Triton with {clients} clients reaches {statistics.median(ratios):.1f} % of the in-process flow's images/s at "
-        f"its best batch, {measured.batch} (median of {len(ratios)} rounds, {ratios[0]:.1f} to {ratios[-1]:.1f} %)",
-        f"Triton is {measured.served.images_per_s / measured.eager_images_per_s:.2f} times as fast as eager fp32 at "
+    facts = []
+    for way in WAYS:
+        ratios = sorted(100 * ratio for ratio in measured.ratios(way))
+        rounds = f"median of {len(ratios)} rounds, {ratios[0]:.1f} to {ratios[-1]:.1f} %"
+        facts.append(
+            f"Triton with {clients} clients, {way}: {statistics.median(ratios):.1f} % of what the in-process flow does "
+            f"with PNG files at its best batch, {measured.batch} ({rounds})"
+        )
+    facts += [
+        f"the ensemble answers {measured.served().images_per_s / measured.served(CHAINED).images_per_s:.2f} times as "
+        "many PNG files/s as a client that chains its steps",
+        f"Triton is {measured.served().images_per_s / measured.eager_images_per_s:.2f} times as fast as eager fp32 at "
         "its best batch, in the same run",
     ]
-    if failures := [failure for load in measured.loads for failure in load.failures]:
+    if failures := [failure for loads in measured.loads.values() for load in loads for failure in load.failures]:
         facts.append(f"{len(failures)} requests failed, the first with: {failures[0]}")
     if here.busy:
         facts.append(

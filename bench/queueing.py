@@ -20,8 +20,14 @@ from scaphoid.trainer.flows import Flow
 
 Work = Callable[[int, np.random.Generator], float]
 """Seconds that an execution of so many tasks takes at full speed."""
+Threads = Callable[[int], float]
+"""How many threads such an execution keeps busy meanwhile."""
 
 UNLIMITED = 1 << 30  # instances of a station where nobody queues: a wire, a client
+
+
+def one_thread(batch: int) -> float:
+    return 1.0
 
 
 @dataclass(frozen=True)
@@ -29,7 +35,7 @@ class Station:
     name: str
     work: Work
     resource: str
-    threads: float = 1.0
+    threads: Threads = one_thread
     instances: int = 1
     max_batch: int = 1
 
@@ -144,6 +150,7 @@ class _Resource:
 @dataclass(frozen=True)
 class _Execution:
     station: Station
+    threads: float
     tasks: list[tuple[int, int]]  # job, step
 
 
@@ -235,14 +242,15 @@ class _Simulation:
             self.tasks[name] += len(batch)
             resource = self.resources[station.resource]
             end_s = resource.clock_s + station.work(len(batch), self.generator)
-            heappush(resource.running, (end_s, next(self.order), _Execution(station, batch)))
-            resource.threads += station.threads
+            execution = _Execution(station, station.threads(len(batch)), batch)
+            heappush(resource.running, (end_s, next(self.order), execution))
+            resource.threads += execution.threads
 
     def _end(self, name: str) -> _Execution:
         """Take the next execution to end off its resource, and let the station begin another."""
         resource = self.resources[name]
         execution = heappop(resource.running)[2]
-        resource.threads = max(0.0, resource.threads - execution.station.threads) if resource.running else 0.0
+        resource.threads = max(0.0, resource.threads - execution.threads) if resource.running else 0.0
         self.free[execution.station.name] += 1
         self._start(execution.station.name)
         return execution

@@ -6,8 +6,9 @@ Bounded twice: by a number of requests and by time. Needs numpy and tritonclient
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from contextlib import AsyncExitStack
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import cycle
 
 import tritonclient.grpc.aio as triton
@@ -20,6 +21,8 @@ WARM_UP = 2  # answers for each client before counting begins
 REQUEST_TIMEOUT_S = 120.0
 
 Predict = Callable[[bytes], Awaitable[object]]
+Connect = Callable[[], AbstractAsyncContextManager]
+"""A new connection to a server: its `infer` is a Predict."""
 
 
 class LoadError(Exception):
@@ -96,15 +99,18 @@ async def closed_loop(clients: Sequence[Predict], images: Sequence[bytes], reque
     return Load(Rate(len(counted), span, tuple(1e3 * latency for _, latency in counted)), tuple(failures))
 
 
+def ensemble(url: str, flow: str, wanted: Sequence[str], shared_memory: bool = False) -> Connect:
+    """Clients that ask the ensemble `flow` at `url` (gRPC)."""
+    given = {"outputs": wanted, "timeout_s": REQUEST_TIMEOUT_S, "shared_memory": shared_memory}
+    return partial(AsyncClient, url, flow, **given)
+
+
 async def server_load(
-    url: str, flow: str, wanted: Sequence[str], images: Sequence[bytes], clients: int, requests: int, seconds: float
+    url: str, connect: Connect, images: Sequence[bytes], clients: int, requests: int, seconds: float
 ) -> Load:
-    """A closed loop of `clients` connections on `flow` at `url` (gRPC). Raises ServerUnavailable and LoadError."""
+    """A closed loop of `clients` connections to the server at `url` (gRPC). Raises ServerUnavailable and LoadError."""
     async with AsyncExitStack() as stack:
-        connections = [
-            await stack.enter_async_context(AsyncClient(url, flow, outputs=wanted, timeout_s=REQUEST_TIMEOUT_S))
-            for _ in range(clients)
-        ]
+        connections = [await stack.enter_async_context(connect()) for _ in range(clients)]
         before = await stage_totals(url)
         load = await closed_loop([connection.infer for connection in connections], images, requests, seconds)
         after = await stage_totals(url)

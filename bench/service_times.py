@@ -1,51 +1,85 @@
-"""How long each stage of a served flow takes, alone on the machine, by batch: what the queueing simulation is fed with.
+"""How long each stage of a served flow takes, alone on the machine, by batch, and how many cores it keeps busy: what
+the queueing simulation is fed with.
 
 An ensemble takes one image a request, so larger batches are made by asking its members one after the other, as the
 flow's table wires them, for several copies of an image; the server's own statistics then give each stage's time by
-batch. Needs numpy and tritonclient only.
+batch. A model of the CPU repository has a process of its own, whose CPU time is the stage's; what the server itself and
+the client use belongs to every request. Needs numpy and tritonclient only.
 """
 
+import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import tritonclient.grpc as triton
 
+from scaphoid.bench.chained import as_input, chain
 from scaphoid.bench.queueing import UNLIMITED, Station, Step, linear, open_loop, route_of
-from scaphoid.trainer.contracts import ENCODED, STAGES, Stage
+from scaphoid.bench.timing import session_processes
+from scaphoid.trainer.contracts import ENCODED
 from scaphoid.trainer.flows import FLOWS
 
-WIRE = "wire"  # gRPC, the hops of the ensemble, the client
+WIRE = "wire"  # of a request's latency, what no stage accounts for: gRPC, the hops of the ensemble, the client
+BESIDE = "beside"  # what server and client compute while the stages do
 CORES = "cores"
 
-Times = dict[int, tuple[int, float]]
-"""By batch: executions, and their seconds together."""
+Totals = dict[str, dict[int, tuple[int, float]]]
+"""By model and batch: executions, and their seconds together."""
+
+
+@dataclass(frozen=True)
+class Execution:
+    """Mean of one batch size: seconds, and seconds of all cores together."""
+
+    seconds: float
+    core_s: float
+
+
+@dataclass(frozen=True)
+class Line:
+    """`fixed` + `image` for each image of a batch."""
+
+    fixed: float
+    image: float
+
+    def of(self, batch: int) -> float:
+        return self.fixed + self.image * batch
 
 
 @dataclass(frozen=True)
 class StageTime:
-    """An execution takes `fixed_s` and `image_s` for each image of its batch, fitted to `measured_s` by batch."""
+    """Of one model, by batch."""
 
-    fixed_s: float
-    image_s: float
-    measured_s: Mapping[int, float]
+    measured: Mapping[int, Execution]
     max_batch: int
     instances: int
 
-    def of(self, batch: int) -> float:
-        return self.fixed_s + self.image_s * batch
+    @property
+    def seconds(self) -> Line:
+        return _line({batch: each.seconds for batch, each in self.measured.items()})
+
+    @property
+    def core_s(self) -> Line:
+        return _line({batch: each.core_s for batch, each in self.measured.items()})
+
+    def threads(self, batch: int) -> float:
+        """Cores that an execution keeps busy while it runs."""
+        return self.core_s.of(batch) / self.seconds.of(batch)
 
 
 @dataclass(frozen=True)
 class ServiceTimes:
-    """Of one flow: its stages, the rest of a request (`wire_s`), the latencies of one request after the other that they
-    were taken from, which also say how much a time spreads, and how many cores an encoder keeps busy while it runs."""
+    """Of one flow: its stages, the latencies of one request after the other that they were taken from, which also say
+    how much a time spreads, what of such a latency no stage accounts for, and the core-seconds of a request outside of
+    the models' processes."""
 
     flow: str
     stages: Mapping[str, StageTime]
     alone_ms: tuple[float, ...]
-    encoder_cores: float
+    beside_s: float = 0.0
     wire_s: float = 0.0
 
     @property
@@ -58,107 +92,107 @@ class ServiceTimes:
         return tuple(each / (1e3 * self.mean_alone_s) for each in self.alone_ms)
 
     def network(self, wanted: Sequence[str], cores: int) -> tuple[list[Station], tuple[Step, ...], dict[str, float]]:
-        """Stations, route and resources for the simulation; whatever is no encoder runs on one core."""
-        stations = [Station(WIRE, linear(0, self.wire_s), CORES, instances=UNLIMITED)]
+        """Stations, route and resources for the simulation."""
+        on_wire_s = min(self.beside_s, self.wire_s)
+        share = on_wire_s / self.wire_s if self.wire_s else 0.0
+        stations = [
+            Station(WIRE, linear(0, self.wire_s), CORES, lambda _: share, UNLIMITED),
+            Station(BESIDE, linear(0, self.beside_s - on_wire_s), CORES, instances=UNLIMITED),
+        ]
         for name, each in self.stages.items():
-            threads = min(cores, self.encoder_cores) if STAGES[name].kind == "encoder" else 1
-            work = linear(each.fixed_s, each.image_s, self.spread)
-            stations.append(Station(name, work, CORES, threads, each.instances, each.max_batch))
-        return stations, route_of(FLOWS[self.flow], wanted, (WIRE,)), {CORES: float(cores)}
+            work = linear(each.seconds.fixed, each.seconds.image, self.spread)
+            stations.append(Station(name, work, CORES, each.threads, each.instances, each.max_batch))
+        route = (*route_of(FLOWS[self.flow], wanted, (WIRE,)), Step(BESIDE))
+        return stations, route, {CORES: float(cores)}
 
 
 def service_times(
     url: str,
+    leader: int,
     flow: str,
     wanted: Sequence[str],
     images: Sequence[bytes],
     batches: Sequence[int],
     repeats: int,
-    cpu_s: Callable[[], float],
 ) -> ServiceTimes:
-    """Ask the server at `url` (gRPC) for `repeats` answers of the ensemble, one request at a time, and its members for
-    a fifth of that at each of `batches`; those above a model's largest are left out. `cpu_s` gives the seconds that the
-    server's processes have used so far. Raises InferenceServerException when a request fails."""
+    """Ask the server at `url` (gRPC), whose processes are the session of `leader`, for `repeats` answers of the
+    ensemble, one request at a time, and its members for a fifth of that at each of `batches`; those above a model's
+    largest are left out. Raises InferenceServerException when a request fails."""
     with triton.InferenceServerClient(url) as server:
-        names = [step.stage.name for step in FLOWS[flow].steps_for(wanted)]
-        configs = {name: server.get_model_config(name).config for name in dict.fromkeys(names)}
+        names = list(dict.fromkeys(step.stage.name for step in FLOWS[flow].steps_for(wanted)))
+        configs = {name: server.get_model_config(name).config for name in names}
         outputs = [triton.InferRequestedOutput(name) for name in wanted]
+        members = chain(server, flow, wanted)
 
-        def whole(number: int) -> None:
-            server.infer(flow, [_input(ENCODED.name, ENCODED.dtype, _tiled(images, number, 1))], outputs=outputs)
+        def whole(image: bytes) -> None:
+            server.infer(flow, [as_input(ENCODED, np.frombuffer(image, np.uint8)[None])], outputs=outputs)
 
-        members = {name: _member(server, STAGES[name]) for name in configs}
-        whole(0)
-        used_s = cpu_s()
-        found, alone_ms = _measured(server, 1, repeats, whole)
-        used_s = (cpu_s() - used_s) / (repeats + 1)
-        times = {name: {1: found[name]} for name in configs}
+        found, alone_ms, beside_s = _measured(server, leader, names, images, 1, repeats, whole)
+        times = {name: {1: found[name]} for name in names}
         for batch in batches:
             if 1 < batch <= min(config.max_batch_size for config in configs.values()):
 
-                def chained(number: int, batch: int = batch) -> None:
-                    FLOWS[flow].run(members, {ENCODED.name: _tiled(images, number, batch)}, wanted)
+                def chained(image: bytes, batch: int = batch) -> None:
+                    members([image] * batch)
 
-                found, _ = _measured(server, batch, max(8, repeats // 5), chained)
-                for name in configs:
+                found, _, _ = _measured(server, leader, names, images, batch, max(8, repeats // 5), chained)
+                for name in names:
                     times[name][batch] = found[name]
     stages = {
-        name: StageTime(*_line(by_batch), by_batch, configs[name].max_batch_size, _instances(configs[name]))
+        name: StageTime(by_batch, configs[name].max_batch_size, _instances(configs[name]))
         for name, by_batch in times.items()
     }
-    encoders_s = sum(times[name][1] for name in names if STAGES[name].kind == "encoder")
-    others_s = sum(times[name][1] for name in names) - encoders_s
-    without_wire = ServiceTimes(flow, stages, tuple(alone_ms), max(1.0, (used_s - others_s) / encoders_s))
+    without_wire = ServiceTimes(flow, stages, tuple(alone_ms), beside_s)
     return replace(without_wire, wire_s=max(0.0, without_wire.mean_alone_s - _idle_s(without_wire, wanted)))
 
 
 def _idle_s(times: ServiceTimes, wanted: Sequence[str]) -> float:
     """What one request takes through the stages alone, by the simulation: some of them run side by side."""
-    plain = replace(times, alone_ms=(1.0,))
+    plain = replace(times, alone_ms=(1.0,), beside_s=0.0)
     stations, route, resources = plain.network(wanted, UNLIMITED)
     return float(open_loop(stations, route, resources, [0.0]).latencies_s[0])
 
 
-def _measured(server, batch: int, repeats: int, ask: Callable[[int], None]) -> tuple[dict[str, float], list[float]]:
-    """Seconds of an execution of `batch`, by model, and ms of each call of `ask`; the first is a warm-up, in which an
-    engine compiles for a new batch."""
-    ask(0)
-    before, latencies_ms = _times(server), []
+def _measured(
+    server,
+    leader: int,
+    names: Sequence[str],
+    images: Sequence[bytes],
+    batch: int,
+    repeats: int,
+    ask: Callable[[bytes], None],
+) -> tuple[dict[str, Execution], list[float], float]:
+    """An execution of `batch`, by model; ms of each call of `ask`; and core-seconds of a call outside of the models.
+    The first call is a warm-up, in which an engine compiles for a new batch."""
+    ask(images[0])
+    before, cores_before, latencies_ms = _totals(server), model_core_s(session_processes(leader), names), []
+    own_s = time.process_time()
     for number in range(repeats):
         began = time.perf_counter()
-        ask(number)
+        ask(images[number % len(images)])
         latencies_ms.append(1e3 * (time.perf_counter() - began))
+    own_s = time.process_time() - own_s
+    after, cores = _totals(server), model_core_s(session_processes(leader), names)
     found = {}
-    for name, times in _times(server).items():
-        (count, seconds), (earlier, earlier_s) = times.get(batch, (0, 0.0)), before.get(name, {}).get(batch, (0, 0.0))
-        if count > earlier:
-            found[name] = (seconds - earlier_s) / (count - earlier)
-    return found, latencies_ms
+    for name in names:
+        (count, seconds), (earlier, earlier_s) = after[name][batch], before.get(name, {}).get(batch, (0, 0.0))
+        count, seconds = count - earlier, seconds - earlier_s
+        core_s = cores[name] - cores_before[name] if name in cores else seconds
+        found[name] = Execution(seconds / count, core_s / count)
+    return found, latencies_ms, (own_s + cores[""] - cores_before[""]) / repeats
 
 
-def _member(server, stage: Stage) -> Callable[..., tuple[np.ndarray, ...]]:
-    """A model of the repository as a function of its stage's tensors."""
-    outputs = [triton.InferRequestedOutput(tensor.name) for tensor in stage.outputs]
-
-    def call(*arrays: np.ndarray) -> tuple[np.ndarray, ...]:
-        inputs = [_input(tensor.name, tensor.dtype, array) for tensor, array in zip(stage.inputs, arrays, strict=True)]
-        answer = server.infer(stage.name, inputs, outputs=outputs)
-        return tuple(answer.as_numpy(tensor.name) for tensor in stage.outputs)
-
-    return call
+def model_core_s(processes: Iterable[tuple[Sequence[str], float]], names: Sequence[str]) -> Counter[str]:
+    """Seconds of CPU by model, of those that have processes of their own, named by an argument such as `encoder_0_0`;
+    those of all other processes under the empty name."""
+    found = Counter({"": 0.0})
+    for arguments, seconds in processes:
+        own = [name for name in names if any(re.fullmatch(rf"{name}(_\d+)+", argument) for argument in arguments)]
+        found[own[0] if own else ""] += seconds
+    return found
 
 
-def _input(name: str, dtype: str, array: np.ndarray) -> triton.InferInput:
-    tensor = triton.InferInput(name, list(array.shape), dtype)
-    tensor.set_data_from_numpy(array)
-    return tensor
-
-
-def _tiled(images: Sequence[bytes], number: int, batch: int) -> np.ndarray:
-    return np.tile(np.frombuffer(images[number % len(images)], np.uint8), (batch, 1))
-
-
-def _times(server) -> dict[str, Times]:
+def _totals(server) -> Totals:
     statistics = server.get_inference_statistics()
     return {
         model.name: {
@@ -172,15 +206,15 @@ def _times(server) -> dict[str, Times]:
     }
 
 
-def _line(times: Mapping[int, float]) -> tuple[float, float]:
+def _line(times: Mapping[int, float]) -> Line:
     """Fixed and per image, both at least 0, through the times by batch; one batch alone is all per image."""
     sizes, seconds = np.array(list(times), np.float64), np.array(list(times.values()))
     if len(sizes) < 2:
-        return 0.0, float(seconds[0] / sizes[0])
-    slope, fixed = np.polyfit(sizes, seconds, 1, w=1 / seconds)
+        return Line(0.0, float(seconds[0] / sizes[0]))
+    slope, fixed = np.polyfit(sizes, seconds, 1, w=1 / np.maximum(seconds, 1e-9))
     if fixed < 0:
-        return 0.0, float(np.mean(seconds / sizes))
-    return (float(fixed), float(slope)) if slope > 0 else (float(np.mean(seconds)), 0.0)
+        return Line(0.0, float(np.mean(seconds / sizes)))
+    return Line(float(fixed), float(slope)) if slope > 0 else Line(float(np.mean(seconds)), 0.0)
 
 
 def _instances(config) -> int:

@@ -5,9 +5,9 @@ wiring, the models' batch limits and the number of cores, and with the very arri
 """
 
 import asyncio
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +17,9 @@ from scaphoid.bench.open_loop import OpenLoad, open_load
 from scaphoid.bench.peaks import machine
 from scaphoid.bench.queueing import Outcome, closed_loop, open_loop, poisson
 from scaphoid.bench.report import Report, Table
-from scaphoid.bench.server_load import Load, server_load
+from scaphoid.bench.server_load import Load, ensemble, server_load
 from scaphoid.bench.service_times import CORES, ServiceTimes, service_times
-from scaphoid.bench.timing import session_cpu_s
+from scaphoid.bench.timing import machine_core_s, session_cpu_s, unsteadiness_ms
 from scaphoid.triton_repo.client import AsyncClient, wanted_outputs
 from scaphoid.triton_repo.supervisor.server import Server, running_server
 
@@ -68,6 +68,10 @@ class Measured:
     load: OpenLoad
     rate: float
     """Offered, requests/s."""
+    others: float = 0.0
+    """Cores that other programs, and other guests of the hypervisor, kept busy in the open loop."""
+    machine_ms: tuple[float, ...] = (1.0,)
+    """The same computation on one core, over and over, before anything else ran."""
 
 
 @dataclass(frozen=True)
@@ -87,9 +91,11 @@ def tail(arguments: Tail) -> Report:
     wanted = wanted_outputs(arguments.flow, arguments.parts)
     here = machine()
     images = phantoms(arguments.out / "phantoms")
+    tell("how steady this machine is by itself")
+    unsteady = tuple(unsteadiness_ms())
     tell("starting Triton")
     with running_server(arguments.repository, [arguments.flow], report=tell) as server:
-        measured = asyncio.run(measure(server, arguments, wanted, images))
+        measured = replace(asyncio.run(measure(server, arguments, wanted, images)), machine_ms=unsteady)
     simulated = simulate(measured, wanted, here.cores, arguments)
     missed, facts = judge(measured, simulated, arguments.share)
     if here.busy:
@@ -102,7 +108,6 @@ def tail(arguments: Tail) -> Report:
         "repository": arguments.repository.name,
         "input": f"{len(images)} PNG phantoms, one image a request",
         "offered (requests/s)": measured.rate,
-        "an encoder keeps busy (cores)": measured.times.encoder_cores,
         "length of the open loop (s)": arguments.seconds,
     }
     tables = (latency_table(measured, simulated), saturation_table(measured, simulated), times_table(measured.times))
@@ -112,18 +117,23 @@ def tail(arguments: Tail) -> Report:
 async def measure(server: Server, arguments: Tail, wanted: Sequence[str], images: Sequence[bytes]) -> Measured:
     url = server.grpc_url
     tell(f"{arguments.requests} requests one at a time, and batches of {', '.join(map(str, BATCHES[1:]))}")
-    cpu_s = partial(session_cpu_s, server.pid)
-    times = service_times(url, arguments.flow, wanted, images, BATCHES, arguments.requests, cpu_s)
+    times = service_times(url, server.pid, arguments.flow, wanted, images, BATCHES, arguments.requests)
     tell(f"{arguments.clients} clients in a closed loop: saturation")
     bounds = (arguments.clients, MANY, arguments.saturation_s)
-    saturation = await server_load(url, arguments.flow, wanted, images, *bounds)
+    saturation = await server_load(url, ensemble(url, arguments.flow, wanted), images, *bounds)
     rate = arguments.share * saturation.rate.images_per_s
     count = max(20, round(rate * arguments.seconds))
     tell(f"open loop at {rate:.2f} requests/s for about {count / rate:.0f} s")
     arrivals = poisson(rate, count, np.random.default_rng(arguments.seed))
     async with AsyncClient(url, arguments.flow, outputs=wanted, in_flight=MANY, timeout_s=120.0) as client:
+        began, all_before, own_before = time.perf_counter(), sum(machine_core_s()), own_core_s(server)
         load = await open_load(client.infer, images, arrivals.tolist())
-    return Measured(times, saturation, load, rate)
+        others_s = sum(machine_core_s()) - all_before - (own_core_s(server) - own_before)
+    return Measured(times, saturation, load, rate, max(0.0, others_s / (time.perf_counter() - began)))
+
+
+def own_core_s(server: Server) -> float:
+    return session_cpu_s(server.pid) + time.process_time()
 
 
 def simulate(measured: Measured, wanted: Sequence[str], cores: int, arguments: Tail) -> Simulated:
@@ -139,10 +149,15 @@ def judge(measured: Measured, simulated: Simulated, share: float) -> tuple[list[
     p50, p99 = np.percentile(measured.times.alone_ms, (50, 99))
     alone, ratio = p99 / p50, measured.load.percentile_ms(99) / simulated.percentile_ms(99)
     late_ms = 1e3 * measured.load.sent_late_s
+    p50_machine, p99_machine = np.percentile(measured.machine_ms, (50, 99))
+    machine = p99_machine / p50_machine
     facts = [
         f"one request at a time: p99 is {alone:.2f} x p50 (bar {ALONE_BAR})",
         f"at {100 * share:.0f} % of saturation: p99 is {ratio:.2f} x the simulated one (bar {LOAD_BAR})",
         f"requests were sent {late_ms:.1f} ms late (p99); a latency counts from when its request was due",
+        f"the machine by itself: p99 is {machine:.2f} x p50 of the same {p50_machine:.0f} ms of sorting on one core, "
+        "nothing served; in the open loop other programs and other guests of the hypervisor kept "
+        f"{measured.others:.2f} cores busy",
     ]
     failures = [*measured.saturation.failures, *measured.load.failures]
     bars = {
@@ -180,11 +195,13 @@ def saturation_table(measured: Measured, simulated: Simulated) -> Table:
 
 
 def times_table(times: ServiceTimes) -> Table:
-    batches = sorted(next(iter(times.stages.values())).measured_s)
-    rows = [
-        (name, *(1e3 * each.measured_s[batch] for batch in batches), 1e3 * each.fixed_s, 1e3 * each.image_s)
-        for name, each in times.stages.items()
-    ]
-    rows.append(("wire: gRPC, hops, client", 1e3 * times.wire_s, *(None for _ in batches[1:]), 0.0, 1e3 * times.wire_s))
-    columns = ("stage", *(f"batch {batch} (ms)" for batch in batches), "fixed (ms)", "an image (ms)")
-    return Table("Service times, nothing else running", columns, tuple(rows))
+    batches = sorted(next(iter(times.stages.values())).measured)
+    rows = []
+    for name, each in times.stages.items():
+        mean = [cell for batch in batches for cell in (each.measured[batch].seconds, each.measured[batch].core_s)]
+        rows.append((name, *(1e3 * cell for cell in mean)))
+    nothing = [None] * 2 * (len(batches) - 1)
+    rows.append(("latency in no stage: gRPC, hops", 1e3 * times.wire_s, None, *nothing))
+    rows.append(("server and client, beside the stages", None, 1e3 * times.beside_s, *nothing))
+    columns = (f"batch {batch}, {what}" for batch in batches for what in ("elapsed (ms)", "cores (core-ms)"))
+    return Table("Service times, nothing else running", ("stage", *columns), tuple(rows))

@@ -71,12 +71,39 @@ def measure(run: Callable[[list[bytes]], object], images: Sequence[bytes], batch
 
 def session_cpu_s(leader: int) -> float:
     """Seconds of CPU that the living processes of the session led by `leader` have used: a server with its backends."""
-    ticks = 0
+    return sum(seconds for _, seconds in session_processes(leader))
+
+
+def session_processes(leader: int) -> list[tuple[list[str], float]]:
+    """Arguments and seconds of CPU of every living process of the session led by `leader`."""
+    found = []
     for status in Path("/proc").glob("[0-9]*/stat"):
         try:
             fields = status.read_text().rpartition(")")[2].split()  # a name may hold spaces; what follows does not
+            arguments = status.with_name("cmdline").read_bytes().decode(errors="replace").split("\0")
         except OSError:
             continue  # ended meanwhile
         if int(fields[3]) == leader:
-            ticks += int(fields[11]) + int(fields[12])
-    return ticks / os.sysconf("SC_CLK_TCK")
+            found.append((arguments, (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")))
+    return found
+
+
+def machine_core_s() -> tuple[float, float]:
+    """Seconds of all cores that this machine's programs have used since it started, and those that its hypervisor took
+    for others."""
+    user, nice, system, _, _, irq, softirq, stolen, *_ = map(
+        int, Path("/proc/stat").read_text().split("\n")[0].split()[1:]
+    )
+    hz = os.sysconf("SC_CLK_TCK")
+    return (user + nice + system + irq + softirq) / hz, stolen / hz
+
+
+def unsteadiness_ms(repeats: int = 200) -> list[float]:
+    """Milliseconds of the same computation on one core, over and over: what a latency here varies by of itself."""
+    numbers = np.random.default_rng(0).random(300_000)
+    found = []
+    for _ in range(repeats + 1):
+        began = time.perf_counter()
+        np.sort(numbers)
+        found.append(1e3 * (time.perf_counter() - began))
+    return found[1:]

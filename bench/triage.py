@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from scaphoid.bench.comparison import tell
 from scaphoid.bench.peaks import machine
 from scaphoid.bench.report import Report, Table
-from scaphoid.bench.server_load import LoadError, server_load
+from scaphoid.bench.server_load import LoadError, ensemble, server_load
 from scaphoid.bench.timing import session_cpu_s
 from scaphoid.trainer.data.index import FILE_NAME, Index, read_index
 from scaphoid.trainer.data.phantom.generate import TEST, generate, generate_frozen
@@ -171,7 +171,9 @@ def measure_cost(server: Server, arguments: Triage, images: Sequence[bytes]) -> 
         for name, wanted in calls.items():
             before = session_cpu_s(server.pid)
             bounds = (arguments.clients, MANY, arguments.seconds)
-            load = asyncio.run(server_load(server.grpc_url, arguments.flow, wanted, images, *bounds))
+            load = asyncio.run(
+                server_load(server.grpc_url, ensemble(server.grpc_url, arguments.flow, wanted), images, *bounds)
+            )
             core_s[name] += session_cpu_s(server.pid) - before
             done[name] += load.stages["preprocess"].images
             rates[name].append(load.rate.images_per_s)

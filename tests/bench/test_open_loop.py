@@ -9,7 +9,7 @@ from scaphoid.bench import tail
 from scaphoid.bench.open_loop import OpenLoad, open_load
 from scaphoid.bench.queueing import open_loop, poisson
 from scaphoid.bench.server_load import Load, LoadError
-from scaphoid.bench.service_times import ServiceTimes, StageTime, _idle_s, _line
+from scaphoid.bench.service_times import Execution, ServiceTimes, StageTime, _idle_s, _line, model_core_s
 from scaphoid.bench.tail import Measured, Simulated, Tail
 from scaphoid.bench.timing import Rate
 
@@ -62,7 +62,27 @@ def test_failures_are_told_apart_from_answers():
     ],
 )
 def test_service_times_are_a_line_through_the_batches(measured, line):
-    assert _line(measured) == pytest.approx(line, abs=1e-3)
+    found = _line(measured)
+    assert (found.fixed, found.image) == pytest.approx(line, abs=1e-3)
+    assert found.of(3) == found.fixed + 3 * found.image
+
+
+def test_a_models_process_is_known_by_its_instance():
+    processes = [
+        (["tritonserver", "--model-repository=/encoder/r"], 5.0),
+        (["stub", "/b/model.py", "parts_encoder_0_0", "/b"], 2.0),
+        (["stub", "/b/model.py", "encoder_0_0", "/b"], 1.0),
+        (["stub", "/b/model.py", "encoder_0_1", "/b"], 0.5),
+    ]
+    found = model_core_s(processes, ["encoder", "parts_encoder", "result"])
+    assert found == {"encoder": 1.5, "parts_encoder": 2.0, "": 5.0}
+
+
+def test_threads_are_those_of_the_batch():
+    """2 + 8 x images ms, in which an image costs 13 core-ms."""
+    stage = StageTime({batch: Execution(2.0 + 8.0 * batch, 13.0 * batch) for batch in (1, 2, 4)}, 4, 1)
+    assert stage.threads(1) == pytest.approx(1.3)
+    assert stage.threads(4) == pytest.approx(52 / 34)
 
 
 @pytest.fixture
@@ -70,8 +90,9 @@ def times() -> ServiceTimes:
     """KALM's stages: 10 ms to decode, 40 + 20 ms in the encoders, 1 ms of glue each, 5 ms of wire."""
     seconds = {"preprocess": 0.01, "global_encoder": 0.04, "key_area_crop": 0.001, "local_encoder": 0.02}
     seconds["key_area_result"] = 0.001
-    stages = {name: StageTime(0.0, each, {1: each}, 4, 1) for name, each in seconds.items()}
-    return ServiceTimes("kalm", stages, (77.0, 77.0), encoder_cores=2.0, wire_s=0.005)
+    cores = {name: 2 if name.endswith("encoder") else 1 for name in seconds}
+    stages = {name: StageTime({1: Execution(each, cores[name] * each)}, 4, 1) for name, each in seconds.items()}
+    return ServiceTimes("kalm", stages, (77.0, 77.0), beside_s=0.008, wire_s=0.005)
 
 
 def test_one_request_takes_its_stages_and_the_wire(times):
@@ -80,11 +101,11 @@ def test_one_request_takes_its_stages_and_the_wire(times):
 
 
 def test_the_network_saturates_where_its_work_does(times):
-    """60 ms of an image keep both cores busy, 17 ms one of them."""
+    """60 ms of an image keep both cores busy, 12 ms of glue and 8 ms of server and client one of them."""
     network, route, resources = times.network(["probability"], 2)
     arrivals = poisson(40.0, 400, np.random.default_rng(0))
     outcome = open_loop(network, route, resources, arrivals)
-    assert outcome.jobs_per_s == pytest.approx(2 / (0.06 * 2 + 0.017), rel=0.1)
+    assert outcome.jobs_per_s == pytest.approx(2 / (0.06 * 2 + 0.012 + 0.008), rel=0.1)
 
 
 def test_bars_are_judged(times):
@@ -95,7 +116,7 @@ def test_bars_are_judged(times):
 
     def judged(factor: float, alone_ms: tuple[float, ...], failures: tuple[str, ...] = (), late_s=0.0) -> list[str]:
         load = OpenLoad(arrivals, factor * outcome.latencies_s, late_s, failures)
-        measured = Measured(ServiceTimes("kalm", times.stages, alone_ms, 2.0), saturation, load, 4.0)
+        measured = Measured(ServiceTimes("kalm", times.stages, alone_ms), saturation, load, 4.0)
         return tail.judge(measured, Simulated(outcome, (outcome,)), 0.7)[0]
 
     steady = tuple(np.linspace(70, 80, 50))

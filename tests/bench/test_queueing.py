@@ -93,7 +93,7 @@ def test_a_step_waits_for_all_that_it_needs():
 
 def test_threads_share_the_cores():
     """Two executions of 2 threads on 2 cores: each at half speed."""
-    stations = [Station("s", linear(0, 1.0), CPU, threads=2, instances=2)]
+    stations = [Station("s", linear(0, 1.0), CPU, threads=lambda batch: 2, instances=2)]
     outcome = open_loop(stations, ONE_STEP, {CPU: 2}, [0.0, 0.0])
     assert outcome.latencies_s.tolist() == [2.0, 2.0]
     assert outcome.busy[CPU] == pytest.approx(1)
