@@ -53,9 +53,9 @@ def main() -> None:
         manifest = read_manifest(arguments.artefacts)
         images = of_files(arguments.images)
         model = load_served(arguments.weights)
-        expected = answers(flow, eager_stages(model, model.config.image_size), images.encoded)
-        with running_server(arguments.repository, [flow.name]) as server:
+        with running_server(arguments.repository, [flow.name]) as server:  # first: it refuses what cannot be served
             found = ask(server.grpc_url, flow, images.encoded)
+        expected = answers(flow, eager_stages(model, model.config.image_size), images.encoded)
     except (ManifestError, ServerError, ServerUnavailable, OSError, ValueError) as error:
         sys.exit(f"server_parity: {error}")
     pixelwise = bool(PIXELWISE & set(flow.stages))

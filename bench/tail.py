@@ -90,11 +90,11 @@ def tail(arguments: Tail) -> Report:
         raise ValueError(f"--share: expected a part of the saturation between 0 and 1, got {arguments.share}")
     wanted = wanted_outputs(arguments.flow, arguments.parts)
     here = machine()
-    images = phantoms(arguments.out / "phantoms")
     tell("how steady this machine is by itself")
     unsteady = tuple(unsteadiness_ms())
     tell("starting Triton")
     with running_server(arguments.repository, [arguments.flow], report=tell) as server:
+        images = phantoms(arguments.out / "phantoms")
         measured = replace(asyncio.run(measure(server, arguments, wanted, images)), machine_ms=unsteady)
     simulated = simulate(measured, wanted, here.cores, arguments)
     missed, facts = judge(measured, simulated, arguments.share)

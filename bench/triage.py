@@ -11,17 +11,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from scaphoid.bench.comparison import tell
 from scaphoid.bench.peaks import machine
 from scaphoid.bench.report import Report, Table
 from scaphoid.bench.server_load import LoadError, ensemble, server_load
 from scaphoid.bench.timing import session_cpu_s
+from scaphoid.trainer.band import EVERYBODY, FIRST, NOBODY, Answerer, Fitted, write_band
 from scaphoid.trainer.data.index import FILE_NAME, Index, read_index
 from scaphoid.trainer.data.phantom.generate import TEST, generate, generate_frozen
+from scaphoid.trainer.journal import weights_of
 from scaphoid.trainer.metrics import Estimate, classification_metrics, paired_differences
-from scaphoid.trainer.triage import EVERYBODY, FIRST, NOBODY, Point, Scores, cascade, curve, fit, point
+from scaphoid.trainer.triage import Point, Scores, cascade, curve, draw, fit, point, validation_of
 from scaphoid.triton_repo.client import AsyncClient, ClientError, Result, wanted_outputs
 from scaphoid.triton_repo.supervisor.server import Server, running_server
 from scaphoid.triton_repo.triage import TriageClient
@@ -53,7 +54,7 @@ class Triage:
     """Length of each of the spans in which the first call and the whole answer are measured in turn."""
     rounds: int = 3
     out: Path = Path("runs/bench/triage")
-    """Folder for phantoms, the report and its picture."""
+    """Folder for phantoms, the report, its picture and the fitted band (for scaphoid-predict --triage)."""
 
     @property
     def name(self) -> str:
@@ -85,17 +86,23 @@ def triage(arguments: Triage) -> Report:
     if arguments.flow not in FIRST:
         raise ValueError(f"flow {arguments.flow!r} has no first stage to ask: expected one of {', '.join(FIRST)}")
     here = machine()
-    validation_set, test_set = sets(arguments)
     tell("starting Triton")
+    # First of all, for it refuses a repository that is missing or damaged: drawing phantoms takes minutes.
     with running_server(arguments.repository, [arguments.flow], report=tell) as server:
+        validation_set, test_set = sets(arguments)
         validation = asyncio.run(whole_answers(server, arguments, validation_set))
         test = asyncio.run(whole_answers(server, arguments, test_set))
         cost = measure_cost(server, arguments, files_of(test_set)[:64])
         fitted = fit(validation, cost.relative, arguments.max_loss, boxes=arguments.boxes)
         tell(f"serving the triage with {fitted.band.low:.3f} to {fitted.band.high:.3f}")
-        served, served_core_ms = asyncio.run(serve(server, arguments, test_set, fitted))
+        served, served_core_ms, version = asyncio.run(serve(server, arguments, test_set, fitted))
     points = curve(validation, cost.relative, arguments.boxes)
-    picture(points, validation, test, fitted, cost, arguments.out / f"{arguments.name}.png")
+    both = {"validation, fitted on": validation, "test": test}
+    draw(both, points, fitted.band, cost.relative, arguments.out / f"{arguments.name}.png")
+    if fitted.band != EVERYBODY:  # who used that one would ask twice about every image
+        answerer = Answerer(arguments.flow, weights_of(version), parts=True)
+        band = Fitted(fitted.band, answerer, validation_of(validation, fitted, cost.relative))
+        write_band(arguments.out / f"{arguments.name}_band.json", band)
     expected = cascade(test, fitted.band)
     off = float(np.abs(served - expected).max())
     on_test = point(test, fitted.band, cost.relative)
@@ -130,7 +137,7 @@ def sets(arguments: Triage) -> tuple[Index, Index]:
     for given, name in ((arguments.validation, "validation"), (arguments.test, "test")):
         folder = arguments.out / name
         if given is None and not (folder / FILE_NAME).is_file():
-            tell(f"drawing {name} phantoms")
+            tell(f"drawing {TEST.images if name == 'test' else arguments.images} {name} phantoms")
             if name == "test":
                 generate_frozen(folder, TEST, workers=2)
             else:
@@ -183,14 +190,14 @@ def measure_cost(server: Server, arguments: Triage, images: Sequence[bytes]) -> 
     return Cost(core_ms["first"], core_ms["whole"], tuple(rates["first"]), tuple(rates["whole"]))
 
 
-async def serve(server: Server, arguments: Triage, index: Index, fitted: Point) -> tuple[np.ndarray, float]:
-    """The scores of the served triage, and the server's core-ms for an image."""
+async def serve(server: Server, arguments: Triage, index: Index, fitted: Point) -> tuple[np.ndarray, float, str]:
+    """The scores of the served triage, the server's core-ms for an image, and the model version that answered."""
     before = session_cpu_s(server.pid)
     async with TriageClient(server.grpc_url, fitted.band, arguments.flow) as client:
         paths = [index.path(radiograph) for radiograph in index.radiographs]
         answers = _all(await client.predict_all(paths, arguments.clients))
     scores = np.array([answer.probability for answer in answers])
-    return scores, 1e3 * (session_cpu_s(server.pid) - before) / len(index)
+    return scores, 1e3 * (session_cpu_s(server.pid) - before) / len(index), client.full.version
 
 
 def curve_table(points: Sequence[Point], validation: Scores, test: Scores, fitted: Point, cost: Cost) -> Table:
@@ -231,21 +238,3 @@ def cost_table(cost: Cost, served_core_ms: float) -> Table:
     )
     columns = ("call", "core-time (ms an image)", "of a whole answer (times)", "rate (images/s)")
     return Table("What a call costs", columns, rows)
-
-
-def picture(points: Sequence[Point], validation: Scores, test: Scores, fitted: Point, cost: Cost, path: Path) -> None:
-    figure = Figure(figsize=(5.6, 3.8), layout="constrained")
-    axes = figure.subplots()
-    bands = [each for each in points if each.band != EVERYBODY]
-    for name, scores in (("validation, fitted on", validation), ("test", test)):
-        found = [point(scores, each.band, cost.relative) for each in bands]
-        (line,) = axes.plot([each.cost for each in found], [each.auroc for each in found], ".-", label=name)
-        whole, mark = point(scores, EVERYBODY, cost.relative), point(scores, fitted.band, cost.relative)
-        axes.plot(whole.cost, whole.auroc, "s", color=line.get_color(), label=f"whole answers, {name.split(',')[0]}")
-        axes.plot(mark.cost, mark.auroc, "o", color=line.get_color(), fillstyle="none", markersize=11)
-    axes.axvline(1, color="0.8", zorder=0)
-    axes.set(xlabel="cost of an image, relative to a whole answer", ylabel="AUROC")
-    axes.legend(fontsize="small", frameon=False, title="ring: the fitted band", title_fontsize="small")
-    axes.grid(color="0.92")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)

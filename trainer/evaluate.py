@@ -48,13 +48,15 @@ def evaluate(
 
     `threshold` defaults to the one that the predictions were judged by, `map_size` is (rows, columns) of the
     activation map of the run; without it there is no oracle. `twins` are predictions
-    of the same radiographs with the lesion removed; `beside` those of other methods, by name. Raises ValueError when
-    no record is in the index or the records come from several flows.
+    of the same radiographs with the lesion removed; `beside` those of other methods, by name. Of a triage every score
+    of the whole flow is judged as it was given: the first stage's where that answered alone. Raises ValueError when no
+    record is in the index or the records come from several flows or triages.
     """
     cases, unknown = join(records, index)
     if not cases:
         raise ValueError(f"none of the {len(records)} predicted images is in the index below {index.root}")
     flow, predicted = _flow(cases), _predicted(cases)
+    first_only = sum(case.first_stage_only for case in predicted)
     threshold = cases[0].record.get("threshold", 0.5) if threshold is None else threshold
     scores = [name for name in FLOWS[flow].outputs if "probability" in name]
     return {
@@ -63,6 +65,7 @@ def evaluate(
         "threshold": threshold,
         "counts": {
             **Counter(case.record["status"] for case in cases),
+            **({"first stage only": first_only} if first_only else {}),
             "not in the index": len(unknown),
             "not predicted": len(index) - len(cases),
         },
@@ -111,8 +114,9 @@ def classification(cases: Sequence[Case], score: str, threshold: float, by_part:
 def localization(
     cases: Sequence[Case], flow: str, map_size: tuple[int, int] | None, beside: Mapping[str, Sequence[Case]]
 ) -> dict[str, Any]:
-    """{"together" | lesion size: {"image": n, "methods": {method: metrics}}} over the abnormal radiographs with a
-    visible lesion, those that could not be predicted counting as misses."""
+    """{"together" | lesion size: {"image": n, "without box": n, "methods": {method: metrics}}} over the abnormal
+    radiographs with a visible lesion. Those without a box count as misses: they could not be predicted, or the first
+    stage of a triage answered alone."""
     cases = [case for case in cases if case.shows_lesion]
     if not cases:
         return {}
@@ -131,7 +135,8 @@ def localization(
     for group in (TOGETHER, *SIZES):
         chosen = np.flatnonzero((size_of == group) | (group == TOGETHER))
         own, patients = [lesions[i] for i in chosen], [cases[i].radiograph.patient for i in chosen]
-        report[group] = {"image": len(chosen), "methods": {}}
+        without = int(np.isnan(boxes[chosen]).any(axis=1).sum())
+        report[group] = {"image": len(chosen), "without box": without, "methods": {}}
         for method, found in methods.items() if len(chosen) else ():
             points = peaks.get(method)
             points = None if points is None or np.isnan(points).all() else points[chosen]
@@ -181,6 +186,9 @@ def _flow(cases: Sequence[Case]) -> str:
     flows = sorted({str(case.record.get("flow")) for case in cases})
     if len(flows) > 1 or flows[0] not in FLOWS:
         raise ValueError(f"expected predictions of one flow ({', '.join(FLOWS)}), got {', '.join(flows)}")
+    bands = sorted({str(case.record.get("band") or "none") for case in cases})
+    if len(bands) > 1:
+        raise ValueError(f"expected predictions of one triage or of none, got the bands {', '.join(bands)}")
     return flows[0]
 
 

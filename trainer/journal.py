@@ -7,7 +7,7 @@ torch nor a server's client: scaphoid-predict and scaphoid-edge write the same l
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
@@ -19,6 +19,7 @@ from scaphoid.trainer.contracts import PREDICTION_SCHEMA
 
 JOURNAL = "predictions.jsonl"
 STAGES = ("main", "object", "parts", "global", "local")
+Key = tuple[str, str, str, bool, tuple[float, ...]]  # image, flow, model version, parts, band of a triage
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +47,8 @@ class Answer:
 @dataclass(frozen=True, kw_only=True)
 class Prediction(Answer):
     """One image's line. `status` is `ok`, `rejected` (the input is at fault: `reason` says how) or `failed` (the server
-    was: the next run tries again)."""
+    was: the next run tries again). `whole` False: a triage's first stage answered alone, as the image lies outside the
+    `band` [from, to]; then `probability` is that stage's, and there is no box."""
 
     image: str
     study: str
@@ -60,6 +62,12 @@ class Prediction(Answer):
     sha256: str | None = None
     request_id: str | None = None  # what the server's logs call it
     verdict: str | None = None
+    whole: bool | None = None  # None: not answered, or not said
+    band: list[float] | None = None  # None: no triage
+
+    @property
+    def first_stage_only(self) -> bool:
+        return self.whole is False
 
     def judged(self, threshold: float) -> "Prediction":
         """The same prediction with its verdict at `threshold`."""
@@ -73,6 +81,11 @@ class Prediction(Answer):
 def verdict(probability: float | None, threshold: float) -> str | None:
     """`abnormal` when the probability reaches the threshold; None without a probability."""
     return None if probability is None else "abnormal" if probability >= threshold else "normal"
+
+
+def weights_of(model_version: str) -> str:
+    """The hash in a journal's model version, `2@3f2a9c1b`; empty where the server did not tell."""
+    return model_version.partition("@")[2]
 
 
 def answered(outputs: Mapping[str, NDArray]) -> dict[str, Any]:
@@ -116,7 +129,7 @@ class Journal:
     """
 
     def __init__(self, path: Path, resume: bool = True) -> None:
-        self._known: dict[tuple[str, str, str, bool], Prediction] = {}
+        self._known: dict[Key, Prediction] = {}
         if path.exists():
             predictions, complete_bytes = _read_lines(path)
             if complete_bytes < path.stat().st_size:
@@ -143,14 +156,17 @@ class Journal:
         """Wait until what was appended is on disk."""
         os.fsync(self._file.fileno())
 
-    def find(self, image: str, sha256: str, flow: str, version: str, parts: bool) -> Prediction | None:
-        """The finished prediction of these very bytes by this very model, if there is one."""
-        known = self._known.get((image, flow, version, parts))
+    def find(
+        self, image: str, sha256: str, flow: str, version: str, parts: bool, band: Sequence[float] | None = None
+    ) -> Prediction | None:
+        """The finished prediction of these very bytes by this very model and triage, if there is one."""
+        known = self._known.get((image, flow, version, parts, tuple(band or ())))
         return known if known and known.status == "ok" and known.sha256 == sha256 else None
 
 
-def _key(prediction: Prediction) -> tuple[str, str, str, bool]:
-    return prediction.image, prediction.flow, prediction.model_version, prediction.parts
+def _key(prediction: Prediction) -> Key:
+    band = tuple(prediction.band or ())
+    return prediction.image, prediction.flow, prediction.model_version, prediction.parts, band
 
 
 def _read_lines(path: Path) -> tuple[list[Prediction], int]:

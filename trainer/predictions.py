@@ -34,14 +34,20 @@ class Case:
     def main_box(self) -> Sequence[float]:
         return self._coordinates("main_box")
 
+    @property
+    def first_stage_only(self) -> bool:
+        """Whether a triage's first stage answered alone: there is a probability and no box."""
+        return self.record.get("whole") is False
+
     def _coordinates(self, name: str) -> Sequence[float]:
         return self.record.get(name) or (np.nan,) * 4
 
 
 def read_predictions(path: Path) -> list[Record]:
     """The records of one JSON-lines file, the last of each image, each stage's probability under the flow's name for
-    it. A copy of another image takes over what was predicted for that. A half-written last line (an interrupted run)
-    is left out. Raises ValueError, naming file and line, on anything else that is not a prediction."""
+    it. A copy of another image takes over what was predicted for that. Where a triage's first stage answered alone, its
+    probability stands for that with parts too. A half-written last line (an interrupted run) is left out. Raises
+    ValueError, naming file and line, on anything else that is not a prediction."""
     lines = path.read_text(encoding="utf-8").split("\n")
     if not _is_json(lines[-1]):
         lines.pop()
@@ -50,6 +56,8 @@ def read_predictions(path: Path) -> list[Record]:
         if line.strip():
             record = _parse(line, f"{path}, line {number}")
             stages = {f"{stage}_probability": value for stage, value in (record.get("stages") or {}).items()}
+            if record.get("whole") is False and record.get("parts"):
+                stages["probability_with_parts"] = record["probability"]
             found[record["image"]] = record | stages
     if not found:
         raise ValueError(f"{path}: holds no prediction; run scaphoid-predict first")

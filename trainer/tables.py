@@ -42,7 +42,8 @@ def tables(report: Mapping[str, Any]) -> list[Table]:
     for group, found in report["localization"].items():
         rows = {method: {"metrics": metrics} for method, metrics in found["methods"].items()}
         of = "" if group == TOGETHER else f" of {group} lesions"
-        shown.append(_table(f"Localisation{of}: {found['image']} radiographs", rows))
+        misses = f", {found['without box']} without a box, which are misses" if found["without box"] else ""
+        shown.append(_table(f"Localisation{of}: {found['image']} radiographs{misses}", rows))
     if report["twins"]:
         twins = dict(report["twins"])
         rows = {name.replace("_", " "): {"metrics": {"estimate": twins[name]}} for name in twins if name != "image"}

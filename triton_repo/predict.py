@@ -4,6 +4,7 @@
     scaphoid-predict MURA-v1.1/valid --csv               every study under a folder
     scaphoid-predict exam/*.dcm --overlays --out exam    DICOM; nothing but pixels leaves this machine
     scaphoid-predict --index phantoms/index.csv --split test --flow kalm
+    scaphoid-predict archive --triage band.json          the first stage for all, the rest where that is uncertain
 
 Exit code: 0 every input was predicted; 1 some inputs were rejected (duplicates too) or failed, each with a line that
 says why; 2 wrong usage, or the server cannot be reached (what was finished is kept); 130 interrupted. Run the same
@@ -12,13 +13,11 @@ command again to pick up where it stopped.
 
 import asyncio
 import inspect
-import json
 import math
 import re
 import secrets
 import sys
 import time
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,10 +25,9 @@ from typing import Annotated, Literal
 
 import tyro
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn, track
-from rich.table import Table
 
+from scaphoid.trainer.band import BandError, Fitted, read_band
 from scaphoid.trainer.data.index import Radiograph, read_index
 from scaphoid.trainer.flows import FLOWS
 from scaphoid.trainer.journal import JOURNAL, Journal, Prediction
@@ -39,8 +37,11 @@ from scaphoid.triton_repo.prediction_run import PredictionRun
 from scaphoid.triton_repo.report.outcome import Outcome
 from scaphoid.triton_repo.report.overlays import write_overlay
 from scaphoid.triton_repo.report.report import write_report
+from scaphoid.triton_repo.report.summary import shown, summarise
 from scaphoid.triton_repo.requests.protocols import ADDRESS
 from scaphoid.triton_repo.results import studies_of, write_csv, write_studies
+from scaphoid.triton_repo.rules import BATCH
+from scaphoid.triton_repo.triage import TriageClient
 
 Flag = tyro.conf.FlagCreatePairsOff[bool]
 USAGE, SOME_FAILED, INTERRUPTED = 2, 1, 130
@@ -70,6 +71,9 @@ class Options:
     """msfm: MSFM; msfm_fma: MSFM after suppressing bright artefacts; kalm: KALM."""
     parts: bool = True
     """Classify MSFM's seven windows too. Without them a prediction costs about half; the boxes are the same."""
+    triage: Annotated[Path | None, tyro.conf.arg(metavar="BAND")] = None
+    """Ask MSFM's first stage about every image, and the whole flow about those within this band alone (python -m
+    scaphoid.trainer.triage fits one). The others get a probability and NO box, abnormal ones too."""
     model_version: str = ""
     """Version of the flow on the server; the newest when not given."""
     threshold: float = 0.5
@@ -89,8 +93,8 @@ class Options:
     report: bool = True
     """Write report.html: one file, readable offline."""
     resume: bool = True
-    """Take over what an earlier run into --out has finished, as long as file, flow, version, weights and parts are the
-    same. --no-resume predicts everything anew."""
+    """Take over what an earlier run into --out has finished, as long as file, flow, version, weights, parts and the
+    triage's band are the same. --no-resume predicts everything anew."""
     concurrency: Annotated[int, tyro.conf.arg(aliases=["-j"])] = 8
     """Requests in flight at once, one image each."""
     timeout_s: float = 60.0
@@ -110,8 +114,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     console = Console(stderr=True, highlight=False)
     try:
         return _predict(options, console)
-    except (UsageError, ServerUnavailable, OSError) as error:
-        console.print(f"[bold red]error:[/] {_shown(str(error))}", soft_wrap=True)
+    except (UsageError, BandError, ServerUnavailable, OSError) as error:
+        console.print(f"[bold red]error:[/] {shown(str(error))}", soft_wrap=True)
         return USAGE
     except KeyboardInterrupt:
         console.print("interrupted: what was finished is kept; run the same command again to go on", soft_wrap=True)
@@ -124,11 +128,12 @@ def _predict(options: Options, console: Console) -> int:
     _check(options, paths)
     real = {path.resolve(): radiograph for path, radiograph in radiographs.items()}
     studies = {path: f"{item.body_part}/{item.patient}/{item.study}" for path, item in real.items()}
+    fitted = _fitted(options)
     collection = collect(paths, studies, options.one_image_studies, skip=options.out)
     truth = {str(source.path): real.get(source.path.resolve()) for source in collection.sources}
     started = time.monotonic()
     try:
-        run = asyncio.run(_run(options, collection, console))
+        run = asyncio.run(_run(options, fitted, collection, console))
     except ServerUnavailable as error:
         raise ServerUnavailable(
             f"{error}. What was finished is in {options.out}: run the same command again"
@@ -147,13 +152,14 @@ def _predict(options: Options, console: Console) -> int:
         predictions=predictions,
         studies=studies_of(predictions, options.threshold),
         truth={image: item for image, item in truth.items() if item is not None},
+        band=None if fitted is None else fitted.band,
     )
     files = _write(options, outcome, console)
-    _summarise(options, outcome, files, time.monotonic() - started)
+    summarise(outcome, files, time.monotonic() - started, options.json)
     return 0 if all(item.status == "ok" for item in predictions) and len(given) == len(predictions) else SOME_FAILED
 
 
-async def _run(options: Options, collection: Collection, console: Console) -> PredictionRun:
+async def _run(options: Options, fitted: Fitted | None, collection: Collection, console: Console) -> PredictionRun:
     """Predict the whole collection, with a line for each input that was not predicted, and a bar."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     progress = Progress(*columns, console=console)
@@ -163,19 +169,11 @@ async def _run(options: Options, collection: Collection, console: Console) -> Pr
         progress.advance(task)
         if prediction.status != "ok":
             console.print(
-                f"[yellow]{prediction.status}[/] {_shown(f'{prediction.image}: {prediction.reason}')}", soft_wrap=True
+                f"[yellow]{prediction.status}[/] {shown(f'{prediction.image}: {prediction.reason}')}", soft_wrap=True
             )
 
-    client = AsyncClient(
-        options.url.split(","),
-        options.flow,
-        parts=options.parts,
-        version=options.model_version,
-        timeout_s=options.timeout_s,
-        in_flight=options.concurrency,
-        tls=_tls(options),
-    )
-    async with client:
+    client, triage = _clients(options, fitted)
+    async with triage or client:
         with _journal(options) as journal, progress:
             run = PredictionRun(
                 client,
@@ -185,14 +183,51 @@ async def _run(options: Options, collection: Collection, console: Console) -> Pr
                 concurrency=options.concurrency,
                 salt=_salt(options.out),
                 finished=finished,
+                triage=triage,
             )
             run.reject(collection.rejections)
             await run.predict(collection.sources)
     if skipped := collection.skipped.total():
         kinds = ", ".join(f"{count} {suffix}" for suffix, count in collection.skipped.most_common(6))
         files = "1 file" if skipped == 1 else f"{skipped} files"
-        console.print(f"[dim]skipped {files} in the folders, no images: {_shown(kinds)}[/]", soft_wrap=True)
+        console.print(f"[dim]skipped {files} in the folders, no images: {shown(kinds)}[/]", soft_wrap=True)
     return run
+
+
+def _clients(options: Options, fitted: Fitted | None) -> tuple[AsyncClient, TriageClient | None]:
+    """The client of the whole flow and, with a band, the triage that it is part of; not yet connected."""
+    servers = options.url.split(",")
+    settings = {
+        "version": options.model_version,
+        "timeout_s": options.timeout_s,
+        "in_flight": options.concurrency,
+        "priority": BATCH if _is_batch(options) else 0,
+        "tls": _tls(options),
+    }
+    if fitted is None:
+        return AsyncClient(servers, options.flow, parts=options.parts, **settings), None
+    triage = TriageClient(servers, fitted, **settings)
+    return triage.full, triage
+
+
+def _is_batch(options: Options) -> bool:
+    """Whether a program's work is asked for, folders or an index, which a person's few files go before. A repository
+    without priorities takes all alike."""
+    return not options.paths or any(path.is_dir() for path in options.paths)
+
+
+def _fitted(options: Options) -> Fitted | None:
+    """The band of --triage. Raises BandError, and UsageError when it cannot be read."""
+    if options.triage is None:
+        return None
+    try:
+        fitted = read_band(options.triage)
+    except OSError as error:
+        raise UsageError(
+            f"--triage {options.triage}: {error.strerror}; python -m scaphoid.trainer.triage fits a band"
+        ) from error
+    fitted.check_asked(options.flow, options.parts)
+    return fitted
 
 
 def _tls(options: Options) -> Tls | None:
@@ -278,44 +313,12 @@ def _write(options: Options, outcome: Outcome, console: Console) -> list[Path]:
             try:
                 write_overlay(files[-1], prediction, outcome.truth.get(prediction.image))
             except (OSError, ValueError) as error:
-                console.print(f"no overlay of {_shown(f'{prediction.image}: {error}')}", soft_wrap=True)
+                console.print(f"no overlay of {shown(f'{prediction.image}: {error}')}", soft_wrap=True)
     if options.report:
         files.append(options.out / "report.html")
         with console.status("writing the report"):
             write_report(files[-1], outcome)
     return files
-
-
-def _summarise(options: Options, outcome: Outcome, files: list[Path], seconds: float) -> None:
-    """What came out, on standard output."""
-    statuses = Counter(prediction.status for prediction in outcome.predictions)
-    verdicts = Counter(study.verdict or "no verdict" for study in outcome.studies)
-    if options.json:
-        counts = {"images": {status: statuses[status] for status in ("ok", "rejected", "failed")}}
-        counts["studies"] = {verdict: verdicts[verdict] for verdict in ("abnormal", "normal", "no verdict")}
-        about = {"flow": outcome.flow, "model_version": outcome.model_version, "threshold": outcome.threshold}
-        print(json.dumps({"schema": "scaphoid.summary/1", **about, **counts, "files": [str(path) for path in files]}))
-        return
-    table = Table(show_header=False, box=None)
-    table.add_row("images", ", ".join(f"{count} {status}" for status, count in statuses.items()))
-    table.add_row("studies", ", ".join(f"{count} {verdict}" for verdict, count in verdicts.items()))
-    version = f" version {outcome.model_version}" if outcome.model_version else ""
-    table.add_row("model", f"{outcome.flow}{version}, abnormal at {outcome.threshold:g} or above")
-    if outcome.accepted:
-        table.add_row("", escape(outcome.accepted))
-    if outcome.phantoms:
-        table.add_row("", f"trained on drawn phantoms (generator {outcome.phantoms}), never on a patient")
-    table.add_row("", "research use only; not a medical device")
-    table.add_row("time", f"{seconds:.1f} s")
-    for path in files:
-        table.add_row("", _shown(str(path)))
-    Console(highlight=False, soft_wrap=True).print(table)
-
-
-def _shown(text: str) -> str:
-    """Text from outside, fit for a terminal: no control characters, no half characters, no markup."""
-    printable = "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in text)
-    return escape(printable)
 
 
 if __name__ == "__main__":

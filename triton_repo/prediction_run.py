@@ -13,8 +13,9 @@ from typing import Any
 
 from scaphoid.trainer.data.guard import RejectedImage
 from scaphoid.trainer.journal import Journal, Prediction, answered
-from scaphoid.triton_repo.client import AsyncClient, ClientError, RequestRejected, ServerUnavailable
+from scaphoid.triton_repo.client import AsyncClient, ClientError, Outputs, RequestRejected, ServerUnavailable
 from scaphoid.triton_repo.inputs import Loaded, Rejection, Source, load
+from scaphoid.triton_repo.triage import TriageClient
 
 
 @dataclass
@@ -22,13 +23,14 @@ class PredictionRun:
     """The state of one run. `finished` is called with every prediction, rejections and those of an earlier run
     included; `predictions` holds them by image."""
 
-    client: AsyncClient
+    client: AsyncClient  # with a triage, its client of the whole flow
     journal: Journal
     parts: bool
     threshold: float
     concurrency: int
     salt: bytes  # of the pseudonyms of DICOM studies
     finished: Callable[[Prediction], None]
+    triage: TriageClient | None = None
     predictions: dict[str, Prediction] = field(default_factory=dict)
     _first_with: dict[str, Source] = field(default_factory=dict)  # content hash -> the first source that has it
 
@@ -87,7 +89,8 @@ class PredictionRun:
             reason = f"the same content as {original.path}, predicted once"
             self._finish(self._record(source.path, loaded, "rejected", reason, duplicate_of=str(original.path)))
             return True
-        known = self.journal.find(str(source.path), loaded.sha256, self.client.flow, self.client.version, self.parts)
+        asked = (self.client.flow, self.client.version, self.parts, self._band)
+        known = self.journal.find(str(source.path), loaded.sha256, *asked)
         if known is not None:
             self._finish(known.judged(self.threshold))
         return known is not None
@@ -98,8 +101,7 @@ class PredictionRun:
 
     async def _send(self, source: Source, loaded: Loaded) -> None:
         try:
-            outputs = await self.client.infer(loaded.encoded)
-            answer = answered(outputs.tensors)
+            outputs, answer = await self._ask(loaded.encoded)
         except ServerUnavailable:
             raise
         except (ClientError, ValueError) as error:  # ValueError: an answer that is not finite
@@ -110,6 +112,22 @@ class PredictionRun:
         else:
             known = {"request_id": outputs.request_id, "model_version": outputs.version, **answer}
             self._finish(self._record(source.path, loaded, "ok", None, **known).judged(self.threshold))
+
+    async def _ask(self, encoded: bytes) -> tuple[Outputs, dict[str, Any]]:
+        """What the server answered, and the line's fields about it. Raises ClientError, and ValueError for an answer
+        that is not finite."""
+        if self.triage is None:
+            outputs, whole = await self.client.infer(encoded), True
+        else:
+            outputs, whole = await self.triage.infer(encoded)
+        answer = answered(outputs.tensors) | {"whole": whole}
+        if not whole:
+            answer["probability"] = answer["stages"][self.triage.stage]
+        return outputs, answer
+
+    @property
+    def _band(self) -> list[float] | None:
+        return None if self.triage is None else list(self.triage.band)
 
     def _record(self, path: object, about: Loaded | str, status: str, reason: str | None, **known: Any) -> Prediction:
         """A line about `path`; `about` is what was loaded, or only the study where loading did not get that far."""
@@ -124,6 +142,7 @@ class PredictionRun:
             status=status,
             threshold=self.threshold,
             reason=reason,
+            band=self._band,
             **known,
         )
 

@@ -13,7 +13,8 @@ STUDY_SCHEMA = "scaphoid.study/1"
 
 @dataclass(frozen=True)
 class Study:
-    """One study's line: the mean probability over its predicted images and the verdict on that mean."""
+    """One study's line: the mean probability over its predicted images and the verdict on that mean.
+    `first_stage_only` are those among them that a triage's first stage answered alone."""
 
     study: str
     flow: str
@@ -23,6 +24,7 @@ class Study:
     threshold: float
     images: list[str]
     not_predicted: list[str]
+    first_stage_only: list[str]
 
     def line(self) -> str:
         return json.dumps({"schema": STUDY_SCHEMA, **asdict(self)}, allow_nan=False) + "\n"
@@ -59,6 +61,7 @@ def studies_of(predictions: Iterable[Prediction], threshold: float) -> list[Stud
                 threshold=threshold,
                 images=list(found),
                 not_predicted=missing.get(name, []),
+                first_stage_only=[image for image, prediction in found.items() if prediction.first_stage_only],
             )
         )
     return sorted(studies, key=lambda study: -1.0 if study.probability is None else study.probability, reverse=True)
@@ -75,6 +78,7 @@ def write_csv(path: Path, predictions: Iterable[Prediction]) -> None:
     plain = ("image", "study", "status", "reason", "verdict", "probability", "probability_with_parts", "threshold")
     columns = [
         *plain,
+        "whole",  # False: a triage's first stage answered alone, so there is no box
         *(f"{stage}_probability" for stage in STAGES),
         *(f"{box}_{corner}" for box in ("box", "main_box") for corner in corners),
         *("margin", "width", "height", "flow", "model_version", "sha256", "duplicate_of"),

@@ -6,9 +6,9 @@ import grpc
 import numpy as np
 import pytest
 
+from scaphoid.trainer.band import FIRST, NOBODY, Answerer, Band, BandError, Fitted
 from scaphoid.trainer.data.dicom import to_pgm
 from scaphoid.trainer.flows import FLOWS
-from scaphoid.trainer.triage import FIRST, NOBODY, Band
 from scaphoid.triton_repo.client import RequestRejected
 from scaphoid.triton_repo.triage import TriageClient, Triaged
 
@@ -17,7 +17,12 @@ def pixels(seed: int) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (47, 61), dtype=np.uint8)
 
 
-def ask(server, band: Band, images, flow: str = "msfm", **settings) -> list:
+def fitted(server, band: Band) -> Fitted:
+    """Fitted on the answers of the weights that the server has at present."""
+    return Fitted(band, Answerer("msfm", server.weights, parts=True), {})
+
+
+def ask(server, band: Band | Fitted, images, flow: str = "msfm", **settings) -> list:
     async def run():
         async with TriageClient(server.url, band, flow, **settings) as client:
             return await client.predict_all(images, in_flight=1)
@@ -72,6 +77,36 @@ def test_one_bad_image_takes_no_other_along(fake_server, refusal):
     assert isinstance(refused, RequestRejected)
     assert isinstance(good, Triaged)
     assert isinstance(last, Triaged)
+
+
+def test_a_fitted_band_brings_its_flow_and_parts(fake_server):
+    band = Fitted(Band(0, 1), Answerer("msfm_fma", fake_server.weights, parts=False), {})
+    (triaged,) = ask(fake_server, band, [pixels(1)])
+    assert triaged.whole
+    assert "probability_with_parts" not in fake_server.asked[-1]
+
+
+def test_a_band_of_other_weights_is_refused(fake_server):
+    band = fitted(fake_server, NOBODY)
+    fake_server.weights = "77aa00ff"
+    with pytest.raises(BandError, match="fitted on weights 3f2a9c1b, the server's are 77aa00ff: fit one"):
+        ask(fake_server, band, [pixels(1)])
+    assert not fake_server.sent
+
+
+def test_weights_that_were_switched_meanwhile_answer_whole(fake_server):
+    """The first stage of other weights does not settle what the band was not fitted on."""
+
+    async def run() -> list[bool]:
+        whole = []
+        async with TriageClient(fake_server.url, fitted(fake_server, NOBODY)) as client:
+            whole.append((await client.predict(pixels(1))).whole)
+            fake_server.versions, fake_server.weights = ("2",), "77aa00ff"
+            whole.append((await client.predict(pixels(2))).whole)
+            whole.append((await client.infer(to_pgm(pixels(3))))[1])
+        return whole
+
+    assert asyncio.run(run()) == [False, True, True]
 
 
 @pytest.mark.parametrize("flow", ["kalm", "msfn"])

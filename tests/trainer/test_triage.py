@@ -1,15 +1,20 @@
 """The uncertainty band: what it costs, what it loses, and that it is fitted where it says."""
 
 import json
-import sys
+import re
+from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from scaphoid.trainer import triage
-from scaphoid.trainer.data.index import Index, Radiograph, write_index
-from scaphoid.trainer.triage import EVERYBODY, NOBODY, Band, Scores, cascade, curve, fit, point, scores_of
+from scaphoid.trainer.band import EVERYBODY, NOBODY, Answerer, Band, BandError, Fitted, read_band, write_band
+from scaphoid.trainer.data.index import Index, Radiograph, read_index, write_index
+from scaphoid.trainer.metrics import classification_metrics
+from scaphoid.trainer.triage import Scores, cascade, curve, estimated_cost, fit, point
 
 FIRST_COST = 0.35
 
@@ -56,7 +61,7 @@ def test_a_band_that_costs_more_than_a_whole_answer_is_none():
 
 def test_with_boxes_everything_above_the_band_is_asked_too():
     scores = scored()
-    for each in curve(scores, FIRST_COST, boxes=True)[1:]:
+    for each in curve(scores, FIRST_COST, boxes=True):
         assert each.band.high == 1
         assert each.share == np.mean(scores.first >= each.band.low)
 
@@ -85,8 +90,9 @@ def test_no_cheaper_band_keeps_the_auroc(loss):
 
 
 def test_a_flow_that_adds_nothing_is_not_asked():
-    scores = scored()
-    assert fit(scores._replace(full=scores.first), FIRST_COST).band == NOBODY
+    scores = scored()._replace(full=scored().first)
+    assert fit(scores, FIRST_COST).band == NOBODY
+    assert fit(scores, FIRST_COST, boxes=True).band.high == 1  # but for its boxes
 
 
 def test_what_cannot_be_fitted_is_named():
@@ -96,40 +102,128 @@ def test_what_cannot_be_fitted_is_named():
         curve(scored(), 0)
 
 
-@pytest.fixture
-def journal(tmp_path):
-    """A journal of ten whole answers of msfm and its index."""
-    radiographs, lines = [], []
-    for number in range(10):
-        image = f"valid/XR_HAND/patient{number:05d}/study1_negative/image1.png"
+WEIGHTS = "3f2a9c1b"
+
+
+def predicted(tmp_path, images: int = 120, split: str = "valid", **changes) -> tuple[Path, Path]:
+    """A journal of whole answers of msfm and its index, in which the whole flow knows more than the first stage."""
+    scores, radiographs, lines = scored(images), [], []
+    for number in range(images):
+        image = f"{split}/XR_HAND/{scores.patients[number]}/study1/image{number}.png"
         radiographs.append(
             Radiograph(
-                image=image, patient=f"patient{number:05d}", study="study1", view="", body_part="hand",
-                label=number % 2, boxes=(), width=64, height=64, split="valid",
+                image=image, patient=str(scores.patients[number]), study="study1", view="", body_part="hand",
+                label=int(scores.labels[number]), boxes=(), width=64, height=64, split=split,
             )
         )  # fmt: skip
         record = {"schema": "scaphoid.prediction/1", "image": image, "status": "ok", "flow": "msfm"}
-        record |= {"probability": number / 10, "probability_with_parts": number / 9, "width": 64, "height": 64}
-        lines.append(json.dumps(record | {"stages": {"main": number / 20}}))
+        record |= {"model_version": f"1@{WEIGHTS}", "width": 64, "height": 64, "parts": True, "whole": True}
+        record |= {"probability": 0.5, "probability_with_parts": scores.full[number]}
+        lines.append(json.dumps(record | {"stages": {"main": scores.first[number]}} | changes))
     (tmp_path / "predictions.jsonl").write_text("\n".join(lines) + "\n")
     return tmp_path / "predictions.jsonl", write_index(Index(tmp_path, tuple(radiographs)))
 
 
-def test_a_journal_is_read_and_a_band_printed(journal, monkeypatch, capsys):
-    predictions, index = journal
-    scores = scores_of(triage.read_predictions(predictions), triage.read_index(index))
-    assert scores.first.tolist() == [number / 20 for number in range(10)]
-    assert scores.full.tolist() == [number / 9 for number in range(10)]  # with the parts, where they are
-    command = ["triage", str(predictions), "--index", str(index), "--first-cost", "0.4", "--max-loss", "0.5"]
-    monkeypatch.setattr(sys, "argv", command)
-    triage.main()
-    printed = json.loads(capsys.readouterr().out)
-    assert (printed["low"], printed["high"]) == NOBODY
-    assert printed["validation"]["images"] == 10
+def run(tmp_path, predictions: Path, index: Path, *more: str) -> int:
+    return triage.main([str(predictions), "--index", str(index), "--out", str(tmp_path / "out" / "band.json"), *more])
 
 
-def test_answers_without_the_first_stage_are_refused(journal):
-    predictions, index = journal
-    predictions.write_text(predictions.read_text().replace('"main"', '"object"'))
-    with pytest.raises(ValueError, match="lacks main_probability"):
-        scores_of(triage.read_predictions(predictions), triage.read_index(index))
+def test_one_command_fits_tells_and_draws(tmp_path, capsys):
+    assert run(tmp_path, *predicted(tmp_path), "--first-cost", "0.3", "--max-loss", "0.05") == 0
+    scores = scored(120)
+    expected = fit(scores, 0.3, max_loss=0.05)
+    fitted = read_band(tmp_path / "out/band.json")
+    assert fitted.band == expected.band  # of the score with the parts, where they are
+    assert fitted.answerer == Answerer("msfm", WEIGHTS, parts=True)
+    assert fitted.validation["auroc"] == expected.auroc
+    assert fitted.validation["images"] == 120
+    assert Image.open(tmp_path / "out/band.png").width > 500
+    told = capsys.readouterr().out
+    sensitivity = classification_metrics(scores.labels, cascade(scores, expected.band))["sensitivity"].value
+    for figure in (f"{expected.auroc:.3f}", f"{sensitivity:.3f}", f"{expected.cost:.2f}", "0.30 (as given)"):
+        assert figure in told
+    called = cascade(scores, expected.band) >= 0.5
+    without = np.sum(called & ((scores.first < expected.band.low) | (scores.first > expected.band.high)))
+    assert 0 < without < called.sum()
+    assert f"{without} of the {called.sum()} images called abnormal with the band get no box; with --boxes" in told
+
+
+def test_a_first_call_costs_what_its_encoders_see(tmp_path, capsys):
+    """Main of main, object and seven windows of a quarter each; FMA's encoder is asked in both calls."""
+    assert estimated_cost("msfm", parts=True) == pytest.approx(1 / (2 + 7 / 4))
+    assert estimated_cost("msfm", parts=False) == 1 / 2
+    assert estimated_cost("msfm_fma", parts=True) == pytest.approx(2 / (3 + 7 / 4))
+    assert run(tmp_path, *predicted(tmp_path), "--max-loss", "0.05") == 0
+    assert "0.27 (estimated from the encoders' pixels)" in capsys.readouterr().out
+
+
+def test_only_the_split_that_is_named_is_fitted_on(tmp_path):
+    predictions, index = predicted(tmp_path)
+    radiographs = read_index(index).radiographs
+    write_index(Index(tmp_path, tuple(replace(r, split="test") if n > 79 else r for n, r in enumerate(radiographs))))
+    assert run(tmp_path, predictions, index, "--split", "valid", "--max-loss", "0.1") == 0
+    assert read_band(tmp_path / "out/band.json").validation["images"] == 80
+
+
+@pytest.mark.parametrize(
+    ("changes", "more", "message"),
+    [
+        ({"stages": {"object": 0.4}}, [], "lacks main_probability"),
+        ({"flow": "kalm"}, [], "kalm has no first stage of its own to ask: expected one of msfm"),
+        ({"whole": False}, [], "predict without --triage"),
+        ({"model_version": "1"}, [], "do not name the weights"),
+        ({"status": "failed"}, [], "none of the 120 predicted images"),
+        ({}, ["--split", "test"], "none of the 120 predicted images"),
+        ({}, ["--budget", "0.1"], r"budget: nothing costs 0\.1 or less"),
+        ({}, ["--first-cost", "0"], "first_cost: expected more than 0"),
+        ({}, ["--out", "band.png"], "expected a name for the band's JSON"),
+        ({}, ["--max-loss", "-1"], "max_loss: expected an AUROC of 0 or more"),
+        ({}, ["--first-cost", "0.99"], "predict without --triage, or allow more"),
+    ],
+)
+def test_what_cannot_be_fitted_is_one_line(tmp_path, capsys, changes, more, message):
+    assert run(tmp_path, *predicted(tmp_path, **changes), *more) == 2
+    said = capsys.readouterr().err
+    assert re.search(message, said)
+    assert said.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_answers_of_two_weights_are_refused(tmp_path, capsys):
+    predictions, index = predicted(tmp_path)
+    predictions.write_text(predictions.read_text().replace(WEIGHTS, "77aa00ff", 1))
+    assert run(tmp_path, predictions, index) == 2
+    assert "answers of msfm 3f2a9c1b and of msfm 77aa00ff" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"schema": "scaphoid.prediction/1"},
+        {"low": "a"},
+        {"high": float("nan")},
+        {"flow": "kalm"},
+        {"weights": ""},
+        {"low": None},
+    ],
+)
+def test_other_files_are_no_bands(tmp_path, change):
+    path = tmp_path / "band.json"
+    write_band(path, Fitted(Band(0.1, 0.8), Answerer("msfm", WEIGHTS, parts=True), {}))
+    assert read_band(path).band == Band(0.1, 0.8)
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(BandError, match=r"band\.json is no band"):
+        read_band(path)
+
+
+def test_a_band_is_of_its_flow_parts_and_weights():
+    fitted = Fitted(Band(0.1, 0.8), Answerer("msfm", WEIGHTS, parts=True), {})
+    fitted.check_asked("msfm", parts=True)
+    fitted.check_weights(f"2@{WEIGHTS}")
+    with pytest.raises(BandError, match="fitted on msfm, not msfm_fma"):
+        fitted.check_asked("msfm_fma", parts=True)
+    with pytest.raises(BandError, match="with parts, not without"):
+        fitted.check_asked("msfm", parts=False)
+    for version, name in (("1@77aa00ff", "77aa00ff"), ("1", "not told")):
+        with pytest.raises(BandError, match=f"weights {WEIGHTS}, the server's are {name}: fit one"):
+            fitted.check_weights(version)

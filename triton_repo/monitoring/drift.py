@@ -19,6 +19,7 @@ from pathlib import Path
 from scaphoid.export.reference import ACTIVATION, histogram
 from scaphoid.trainer.contracts import MARGIN, PREDICTION_SCHEMA, PROBABILITY
 from scaphoid.trainer.flows import FLOWS
+from scaphoid.trainer.journal import weights_of
 from scaphoid.triton_repo.versioning.versions import weights_hash
 
 WINDOW = 1000  # the latest predictions, of a flow and its weights, that are judged
@@ -114,7 +115,8 @@ class JournalReader:
             known = record["schema"] == PREDICTION_SCHEMA and flow in FLOWS and status in STATUSES
             if not known or not VERSION.fullmatch(version):
                 return
-            values = _quantities(record) if status == "ok" else {}
+            triaged = record.get("band") is not None  # its whole answers are the uncertain ones: no sample of all
+            values = _quantities(record) if status == "ok" and not triaged else {}
         except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
             return
         self.counts[flow, status] += 1
@@ -153,11 +155,6 @@ def _quantities(record: Mapping) -> dict[str, float]:
     if not 0 <= found[PROBABILITY.name] <= 1 or not all(map(math.isfinite, found.values())):
         raise ValueError("not a prediction's numbers")
     return found
-
-
-def weights_of(version: str) -> str:
-    """The hash in a journal's model version, `2@3f2a9c1b`."""
-    return version.partition("@")[2]
 
 
 def references_of(contents: Iterable[Mapping]) -> dict[tuple[str, str], Mapping]:

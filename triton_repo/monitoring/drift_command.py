@@ -12,7 +12,8 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from scaphoid.triton_repo.monitoring.drift import WINDOW, JournalReader, references_of, weights_of
+from scaphoid.trainer.journal import weights_of
+from scaphoid.triton_repo.monitoring.drift import WINDOW, JournalReader, references_of
 from scaphoid.triton_repo.versioning.versions import contents
 
 

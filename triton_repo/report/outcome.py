@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from scaphoid.trainer.band import Band
 from scaphoid.trainer.data.index import Radiograph
 from scaphoid.trainer.journal import Prediction
 from scaphoid.triton_repo.results import Study
@@ -12,7 +13,8 @@ from scaphoid.triton_repo.results import Study
 class Outcome:
     """`truth` holds the index's rows by image, for those images that an index knows. A box whose margin is below
     `unstable_margin` is marked unstable. `phantoms`: the generator's version when the weights were trained on drawn
-    radiographs, else empty. `accepted`: a line when the artefacts failed the gate of their export, else empty."""
+    radiographs, else empty. `accepted`: a line when the artefacts failed the gate of their export, else empty. `band`:
+    that of a triage, None without one."""
 
     flow: str
     model_version: str
@@ -25,6 +27,11 @@ class Outcome:
     studies: Sequence[Study]
     truth: Mapping[str, Radiograph]
     accepted: str = ""
+    band: Band | None = None
+
+    @property
+    def first_stage_only(self) -> list[Prediction]:
+        return [prediction for prediction in self.predictions if prediction.first_stage_only]
 
     def is_unstable(self, prediction: Prediction) -> bool:
         return prediction.margin is not None and prediction.margin < self.unstable_margin

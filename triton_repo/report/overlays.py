@@ -13,6 +13,8 @@ def write_overlay(folder: Path, prediction: Prediction, truth: Radiograph | None
     image is called abnormal. Raises OSError or ValueError when the radiograph is no longer there to be read."""
     abnormal = prediction.verdict == "abnormal"
     stages = ", ".join(f"{stage} {value:.2f}" for stage, value in prediction.stages.items())
+    if prediction.first_stage_only:
+        stages = f"first stage only (outside the band), no box was asked for: {stages}"
     picture = overlay(
         load_radiograph(prediction.image),
         caption=f"{prediction.score:.2f} {prediction.verdict} (threshold {prediction.threshold:g})\n{stages}",

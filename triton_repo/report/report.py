@@ -93,6 +93,7 @@ def _content(outcome: Outcome) -> dict[str, Any]:
         "studies": len(judged),
         "abnormal_images": sum(prediction.verdict == "abnormal" for prediction in predicted),
         "abnormal_studies": sum(study.verdict == "abnormal" for study in judged),
+        "first_only": outcome.first_stage_only,
         "unstable": sum(outcome.is_unstable(prediction) for prediction in predicted),
         "histogram": _histogram([study.probability for study in judged]),
         "max_pictures": MAX_PICTURES,
