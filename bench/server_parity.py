@@ -67,6 +67,7 @@ def main() -> None:
         found,
         parity.map_error(arguments.artefacts, flow.name, SERVED["encoder"]),
         images.radiographs,
+        places=images.places,
         each_image=not pixelwise,
         note="judged by its scores" if pixelwise else "",
     )

@@ -11,6 +11,8 @@ import sys
 from importlib.metadata import PackageNotFoundError, metadata, version
 from pathlib import Path
 
+from scaphoid.export.manifest import Manifest, ManifestError, check
+
 MANIFEST = "manifest.json"
 PARITY, PARITY_REPORT, MODEL_CARD = "parity.json", "parity.md", "MODEL_CARD.md"
 DOCUMENTS = (PARITY, PARITY_REPORT, MODEL_CARD)  # go where the artefacts go
@@ -21,10 +23,6 @@ GPU_FILES = "gpu"  # what a repository for a GPU needs beside the ONNX: model.da
 WARMUP = "warmup"  # in a model's folder Triton wants the same name
 PHANTOMS = "phantoms"  # of weights trained on drawn radiographs: the generator's version
 PACKAGES = ("scaphoid", "torch", "timm", "openvino", "nvidia-dali-cuda130", "numpy")
-
-
-class ManifestError(Exception):
-    """A folder does not hold what its manifest says. One line: which file, and what to do."""
 
 
 def sha256(path: Path) -> str:
@@ -72,8 +70,8 @@ def write_manifest(folder: Path, content: dict) -> None:
     partial.replace(folder / MANIFEST)
 
 
-def read_manifest(folder: Path) -> dict:
-    """The manifest, its files unchecked. Raises ManifestError."""
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest, checked part by part, its files unchecked. Raises ManifestError."""
     path = folder / MANIFEST
     if not path.is_file():
         raise ManifestError(f"{folder} has no {MANIFEST}: it is not a finished folder of scaphoid-export or assemble")
@@ -85,10 +83,10 @@ def read_manifest(folder: Path) -> dict:
         raise ManifestError(f"{path} lists no files: write it again with scaphoid-export or assemble")
     if manifest.get("format") != FORMAT:
         raise ManifestError(f"{path} has format {manifest.get('format')}, this version reads {FORMAT}: export again")
-    return manifest
+    return check(path, manifest)
 
 
-def verify(folder: Path) -> dict:
+def verify(folder: Path) -> Manifest:
     """The manifest of `folder`, after every file was held against it. Raises ManifestError, naming the first file that
     is missing, changed or unknown to the manifest."""
     manifest = read_manifest(folder)
@@ -118,10 +116,9 @@ def accepted(manifest: dict) -> str:
     parity = manifest.get("parity", {})
     if "accepted" not in parity:
         return ""
-    return (
-        f"NOT AS EAGER fp32: published though the gate failed, accepted as {parity['accepted']!r}: "
-        f"{parity['failures'][0]}" + (f" and {more} more" if (more := len(parity["failures"]) - 1) else "")
-    )
+    first, *others = parity["failures"] or ["by what, its manifest does not say"]
+    more = f" and {len(others)} more" if others else ""
+    return f"NOT AS EAGER fp32: published though the gate failed, accepted as {parity['accepted']!r}: {first}{more}"
 
 
 def main(arguments: list[str]) -> None:

@@ -28,7 +28,8 @@ import scaphoid.kernels
 from scaphoid.export import artefacts as artefacts_module
 from scaphoid.export import rtx_compile_check
 from scaphoid.export.artefacts import CONTAINER, MANIFEST, OPS_LIBRARY, accepted, licence, versions
-from scaphoid.export.calibration import prepare, rounds_table
+from scaphoid.export.calibration import prepare
+from scaphoid.export.disk import room_in
 from scaphoid.export.doors import Door
 from scaphoid.export.edge.settings import settings
 from scaphoid.export.flow_module import FlowModule, flow_stage
@@ -37,12 +38,13 @@ from scaphoid.export.gate import hold
 from scaphoid.export.gate_images import PHANTOMS as GATE
 from scaphoid.export.gate_images import gate_images
 from scaphoid.export.gpu_files import write_gpu_files
+from scaphoid.export.parity_report import rounds, table
 from scaphoid.export.pipeline_to_dali import pipeline_to_dali
 from scaphoid.export.precision import Precision, effective_precision
 from scaphoid.export.publish import GateError, publish
 from scaphoid.export.runner import PREPROCESS_BATCH
 from scaphoid.export.tensorrt_engines.device_files import write_device_files
-from scaphoid.export.trained import ExportError, Trained, flows_of, load_trained
+from scaphoid.export.trained import ExportError, Trained, load_trained
 from scaphoid.trainer.contracts import STAGES, Stage
 from scaphoid.trainer.data.index import Index
 
@@ -62,8 +64,8 @@ def export(
     phantoms, or radiographs of the index `data`; `accept` is the reason to publish what fails.
 
     An `out` that holds earlier artefacts is replaced, once the new ones are complete. Raises ExportError, GateError
-    (nothing was published), and ValueError for a file whose model does not load or is served by no flow, for a format
-    that cannot be written, and for images that cannot be used.
+    (nothing was published), OSError, also when the disk is full, and ValueError for a file whose model does not load or
+    is served by no flow, for a format that cannot be written, and for images that cannot be used.
     """
     if (precision == "int8") != (calibration is not None):
         raise ExportError("--precision int8 and --calibration INDEX go together: int8 is calibrated on training images")
@@ -81,30 +83,42 @@ def export(
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        quantization = write_stages(trained, also, chosen, partial)
-        content = {
-            "flows": [flow.name for flow in trained.flows],
-            "precision": precision,
-            "image_size": trained.image_size,
-            "weights": trained.origins,
-            "thresholds": {name: each["threshold"] for each in trained.origins for name in each["flows"]},
-            "licence": licence(),
-            "versions": versions(),
-            "container": CONTAINER,
-            "formats": [each.name for each in FORMATS.values() if each in also or each.name in SERVED.values()],
-            "stages": {
-                name: describe_stage(STAGES[name], door, trained.modules.get(name))
-                for name, door in trained.doors.items()
-            },
-            **({"quantization": quantization} if quantization else {}),
-        }
-        if FORMATS["onnx"] in also:
-            write_device_files(partial, content["stages"])
-            write_gpu_files(partial, content["stages"], trained.image_size)
-        report = hold(partial, content, trained.eager, checked_on)
-        return publish(partial, out, content, report, accept)
+        with room_in(out.parent):
+            content = write_artefacts(trained, precision, also, chosen, partial)
+            report = hold(partial, content, trained.eager, checked_on)
+            return publish(partial, out, content, report, accept)
     finally:
         shutil.rmtree(partial, ignore_errors=True)  # nothing half-written stays, whatever happened
+
+
+def write_artefacts(
+    trained: Trained,
+    precision: Precision,
+    also: Sequence[Format],
+    calibration: tuple[Index, Index] | None,
+    artefacts: Path,
+) -> dict:
+    """Every file but the gate's; returns the manifest's content."""
+    quantization = write_stages(trained, also, calibration, artefacts)
+    content = {
+        "flows": [flow.name for flow in trained.flows],
+        "precision": precision,
+        "image_size": trained.image_size,
+        "weights": trained.origins,
+        "thresholds": {name: each["threshold"] for each in trained.origins for name in each["flows"]},
+        "licence": licence(),
+        "versions": versions(),
+        "container": CONTAINER,
+        "formats": [each.name for each in FORMATS.values() if each in also or each.name in SERVED.values()],
+        "stages": {
+            name: describe_stage(STAGES[name], door, trained.modules.get(name)) for name, door in trained.doors.items()
+        },
+        **({"quantization": quantization} if quantization else {}),
+    }
+    if FORMATS["onnx"] in also:
+        write_device_files(artefacts, content["stages"])
+        write_gpu_files(artefacts, content["stages"], trained.image_size)
+    return content
 
 
 def write_stages(
@@ -118,7 +132,7 @@ def write_stages(
     if calibration:
         from scaphoid.export.onnx_to_int8 import onnx_to_int8  # of an optional extra
 
-        quantization = [onnx_to_int8(each, flows_of(each.stages()), calibration, artefacts) for each in trained.models]
+        quantization = [onnx_to_int8(each, calibration, artefacts) for each in trained.models]
     for flow in trained.flows:
         module = FlowModule(flow, trained.modules)
         export_stage(flow_stage(flow), module, doors["preprocess"].outputs, artefacts, size, also)
@@ -178,7 +192,8 @@ class Arguments:
     """Index of the data set that the weights were trained on, for --precision int8: ranges are measured on part of its
     training images, and layers that cost accuracy on another part stay in f32."""
     accept: str = ""
-    """The reason to publish artefacts that fail the gate. Manifest, model card, server and report repeat it."""
+    """The reason to publish artefacts that fail the gate, int8 that misses its bar among them. Manifest, model card,
+    server and report repeat it."""
 
 
 @dataclass(frozen=True)
@@ -193,12 +208,12 @@ def print_formats() -> None:
     if tyro.cli(FormatsArguments, prog="scaphoid-export formats", args=sys.argv[2:]).json:
         print(json.dumps(describe(), indent=2))
         return
-    table = Table("format", "for", "stages", "needs", "here")
+    rows = Table("format", "for", "stages", "needs", "here")
     for row in describe():
         here = "yes" if row["here"] else f"no: {', '.join(row['missing'])}"
         cells = (row["format"], row["purpose"], ", ".join(row["stages"]), ", ".join(row["needs"]), here)
-        table.add_row(*map(escape, cells))
-    Console().print(table)
+        rows.add_row(*map(escape, cells))
+    Console().print(rows)
 
 
 def main() -> None:
@@ -243,7 +258,7 @@ def main() -> None:
     served = f"flows {', '.join(content['flows'])}, {content['precision']}, {len(content['stages'])} stages"
     print(f"{arguments.out}: {served}; held against eager fp32 on {content['parity']['images']['count']} images")
     for each in content.get("quantization", ()):
-        Console().print(rounds_table(each))
+        Console().print(table(rounds(each)))
     if line := accepted(content):
         print(line)
 

@@ -25,7 +25,8 @@ SCORES = ("auroc", "kappa")
 @dataclass(frozen=True)
 class Parity:
     """One engine's answers to all images beside eager's. `map_error`: the largest error of an activation map, relative
-    to its largest value. `each_image`: whether single images are judged, or the scores alone."""
+    to its largest value. `each_image`: whether single images are judged, or the scores alone. `places`: what the
+    images are called, or none where they are counted."""
 
     flow: Flow
     engine: str
@@ -37,6 +38,7 @@ class Parity:
     threshold: float = 0.5
     each_image: bool = True
     note: str = ""
+    places: Sequence[str] = ()
     tolerance: Tolerance = field(init=False)
 
     def __post_init__(self) -> None:
@@ -44,6 +46,9 @@ class Parity:
 
     def __len__(self) -> int:
         return len(self.expected[PROBABILITY.name])
+
+    def _called(self, number: int) -> str:
+        return self.places[number] if self.places else f"image {number}"
 
     def _difference(self, name: str) -> NDArray:
         """Absolute, [N, elements]; infinite where the engine gave no number."""
@@ -138,8 +143,9 @@ class Parity:
             )
         if bar.explained:
             lines += [
-                f"image {number}: probability differs by {probability[number]:.2g}, a box by {pixels[number]:.2g} "
-                f"pixels, though its margin {self.margin[number]:.2g} is above the map error {self.map_error:.2g}"
+                f"{self._called(number)}: probability differs by {probability[number]:.2g}, a box by "
+                f"{pixels[number]:.2g} pixels, though its margin {self.margin[number]:.2g} is above the map error "
+                f"{self.map_error:.2g}"
                 for number in self.beyond
                 if self.margin[number] > self.map_error
             ][:SHOWN]
@@ -162,7 +168,7 @@ class Parity:
         ]
 
     def summary(self) -> dict:
-        """Every figure, for a report. Images are numbers: a file's name might be a patient's."""
+        """Every figure, for a report. No image is called by its file's name, which might be a patient's."""
         probability, pixels, overlap = self.worst
         return {
             "flow": self.flow.name,
@@ -187,7 +193,7 @@ class Parity:
             "beyond": len(self.beyond),
             "images_beyond": [
                 {
-                    "image": int(number),
+                    "image": self._called(number),
                     "probability": short(probability[number]),
                     "pixels": short(pixels[number]),
                     "iou": short(overlap[number]),
@@ -198,7 +204,7 @@ class Parity:
             "verdict_flips": len(self.flips),
             "verdicts_flipped": [
                 {
-                    "image": int(number),
+                    "image": self._called(number),
                     "eager": short(self.expected[PROBABILITY.name][number].item()),
                     "engine": short(self.found[PROBABILITY.name][number].item()),
                     "margin": short(self.margin[number]),

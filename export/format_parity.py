@@ -11,10 +11,10 @@ import numpy as np
 import torch
 
 from scaphoid.export.flow_module import FLOW, flow_stage
-from scaphoid.export.formats import FORMATS, SERVED, Format
+from scaphoid.export.formats import SERVED, Format, named
 from scaphoid.export.precision import effective_precision
 from scaphoid.export.runner import load_stage
-from scaphoid.export.tolerances import MAPS, SMALLEST_SCALE, at_most
+from scaphoid.export.tolerances import MAPS, SMALLEST_SCALE, at_most, precision_of
 from scaphoid.trainer.contracts import STAGES, Stage
 from scaphoid.trainer.flows import Flow
 
@@ -23,7 +23,7 @@ from scaphoid.trainer.flows import Flow
 class Engine:
     """One format's file suffix that encoders are exported to; glue is the format's own, or what is served.
 
-    `precision` is the one that it runs in on this machine."""
+    `precision` is the one that it runs in on this machine, but for stages of `precision_of` f32."""
 
     format: Format
     suffix: str
@@ -39,8 +39,9 @@ class Engine:
         loaded = {}
         for stage in [STAGES[name] for name in flow.stages if STAGES[name].kind != "preprocess"]:
             if path := self.path(artefacts, stage):
-                run = self.format.load(path, stage, self.precision, threads)
-                loaded[stage.name] = ExportedStage(stage, self.format.name, self.precision, run)
+                precision = precision_of(stage, self.precision)
+                run = self.format.load(path, stage, precision, threads)
+                loaded[stage.name] = ExportedStage(stage, self.format.name, precision, run)
             else:
                 run = load_stage(artefacts, stage, manifest, threads)
                 loaded[stage.name] = ExportedStage(stage, SERVED[stage.kind], "f32", run)
@@ -54,7 +55,7 @@ class Engine:
 
 def engines(artefacts: Path, manifest: Mapping) -> list[Engine]:
     """What the encoders were exported to, as far as this machine has its packages."""
-    formats = [FORMATS[name] for name in manifest["formats"] if not FORMATS[name].missing()]
+    formats = [each for each in named(manifest["formats"]) if not each.missing()]
     found = [
         Engine(each, suffix, stored or effective_precision(manifest["precision"]))
         for each in formats

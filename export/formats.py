@@ -4,11 +4,12 @@ engine when they are called."""
 
 import importlib.util
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from scaphoid.export.tolerances import precision_of
 from scaphoid.trainer.contracts import Stage
 
 SERVED = {"preprocess": "dali", "encoder": "openvino", "glue": "torchscript"}  # kind of a stage: what Triton serves
@@ -91,7 +92,8 @@ def _write_onnx(module, example: tuple, stage: Stage, path: Path) -> None:
     from scaphoid.export.quantize import quantize_file
 
     torch_to_onnx(module, example, stage, path)
-    quantize_file(path, example[0].numpy())
+    if precision_of(stage, "int8") == "int8":
+        quantize_file(path, example[0].numpy())
 
 
 def _load_onnx(path: Path, stage: Stage, precision: str, threads: int) -> Callable:
@@ -168,16 +170,23 @@ FORMATS = {
 }
 
 
-def choose(names: list[str]) -> list[Format]:
-    """The formats to write besides those that are served. Raises FormatError: unknown, without files, not here."""
-    for name in names:
-        if name not in FORMATS:
-            raise FormatError(f"unknown format {name!r}: expected some of {', '.join(writable())}")
-        if FORMATS[name].write is None:
-            way = "export onnx and build from it on the target GPU" if name == "tensorrt" else "it has no files"
-            raise FormatError(f"format {name} cannot be written here: {way}; expected some of {', '.join(writable())}")
-        FORMATS[name].require()
+def named(names: Sequence[str]) -> list[Format]:
+    """The formats of these names, in the table's order. Raises FormatError for an unknown one."""
+    if unknown := [name for name in names if name not in FORMATS]:
+        raise FormatError(f"unknown format {unknown[0]!r}: expected some of {', '.join(writable())}")
     return [each for each in FORMATS.values() if each.name in names]
+
+
+def choose(names: Sequence[str]) -> list[Format]:
+    """The formats to write besides those that are served. Raises FormatError: unknown, without files, not here."""
+    chosen = named(names)
+    for each in chosen:
+        if each.write is None:
+            way = "export onnx and build from it on the target GPU" if each.name == "tensorrt" else "it has no files"
+            known = ", ".join(writable())
+            raise FormatError(f"format {each.name} cannot be written here: {way}; expected some of {known}")
+        each.require()
+    return chosen
 
 
 def writable() -> list[str]:

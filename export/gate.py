@@ -20,13 +20,14 @@ from torch import Tensor
 
 from scaphoid.export.flow_parity import Answers, Parity, short
 from scaphoid.export.format_parity import Engine, Errors, ExportedStage, OutputError, engines
-from scaphoid.export.formats import FORMATS
+from scaphoid.export.formats import named
 from scaphoid.export.gate_images import GateImages
 from scaphoid.export.precision import effective_precision
 from scaphoid.export.reference import reference
 from scaphoid.export.runner import PREPROCESS_BATCH, load_stage
 from scaphoid.export.tolerances import ENOUGH, PIXELWISE, TOLERANCES, at_most
 from scaphoid.trainer.contracts import IMAGE, ORIGINAL_SIZE, STAGES
+from scaphoid.trainer.data.guard import RejectedImage
 from scaphoid.trainer.flows import FLOWS, Flow
 
 Batch = dict[str, Tensor]  # every tensor of a flow, by name, of up to PREPROCESS_BATCH images
@@ -35,7 +36,7 @@ Stages = Mapping[str, Callable]
 
 def hold(artefacts: Path, manifest: Mapping, eager: Stages, images: GateImages, threads: int = 0) -> dict:
     """Hold the `artefacts` that `manifest` describes against the `eager` stages of all its flows; returns the report.
-    `threads` limits each engine (0: all cores). Raises RejectedImage for an image that cannot be decoded."""
+    `threads` limits each engine (0: all cores). Raises RejectedImage, naming the image that cannot be decoded."""
     errors, flows, references = Errors(), [], {}
     with torch.inference_mode():
         preprocessed = list(_preprocess(artefacts, manifest, eager, images, errors))
@@ -55,9 +56,23 @@ def _preprocess(
     exported = ExportedStage(stage, "dali", "f32", load_stage(artefacts, stage, manifest, 0))
     for start in range(0, len(images), PREPROCESS_BATCH):
         encoded = images.encoded[start : start + PREPROCESS_BATCH]
-        wanted = eager[stage.name](encoded)
+        try:
+            wanted = eager[stage.name](encoded)
+        except RejectedImage:
+            _name_the_rejected(eager[stage.name], encoded, images.names[start : start + PREPROCESS_BATCH])
+            raise
         errors.add(exported, wanted, exported.run(encoded))
         yield [{IMAGE.name: i[None], ORIGINAL_SIZE.name: size[None]} for i, size in zip(*wanted, strict=True)]
+
+
+def _name_the_rejected(preprocess: Callable, encoded: Sequence[bytes], names: Sequence[str]) -> None:
+    """Raises RejectedImage with the name of the first image that `preprocess`, which counts them, rejects."""
+    for name, each in zip(names, encoded, strict=True):
+        try:
+            preprocess([each])
+        except RejectedImage as error:
+            reason = error.reason.removeprefix("image 0: ")
+            raise RejectedImage(f"{name}: {reason}: mend it, or leave it out of the gate's images") from None
 
 
 def _eager_batches(flow: Flow, stages: Stages, preprocessed: Sequence[Sequence[Batch]]) -> list[Batch]:
@@ -114,11 +129,9 @@ def _flow_parities(
     expected, threshold = _answers(flow, batches), manifest.get("thresholds", {}).get(flow.name, 0.5)
 
     def parity(name: str, kind: str, each_image: bool, note: str) -> Parity:
-        found = _answers(flow, answers[kind])
-        radiographs = images.radiographs
-        return Parity(
-            flow, name, engine.precision, expected, found, map_error, radiographs, threshold, each_image, note
-        )
+        found, precision = _answers(flow, answers[kind]), engine.precision
+        known = {"radiographs": images.radiographs, "places": images.places, "threshold": threshold}
+        return Parity(flow, name, precision, expected, found, map_error, each_image=each_image, note=note, **known)
 
     after = "from eager's suppressed image on" if pinned else ""
     found = [parity(engine.format.name, "judged", True, after)]
@@ -143,13 +156,16 @@ def _answers(flow: Flow, batches: Sequence[Batch]) -> Answers:
 
 
 def report_of(manifest: Mapping, images: GateImages, stages: Sequence[OutputError], flows: Sequence[Parity]) -> dict:
-    """What the gate found, as `parity.json` holds it."""
-    failures = [row.failure for row in stages if row.failure]
+    """What the gate found, and what quantising did before, as `parity.json` holds it."""
+    quantization = manifest.get("quantization", [])
+    failures = [line for each in quantization for line in each.get("failures", ())]
+    failures += [row.failure for row in stages if row.failure]
     failures += [line for each in flows for line in each.failures]
-    notes = []
+    notes = [line for each in quantization for line in each.get("notes", ())]
     if (real := effective_precision(manifest["precision"])) != manifest["precision"]:
         notes.append(f"this CPU has no {manifest['precision']}: what is served ran, and was judged, in {real}")
-    notes += [f"not held, its packages are not here: {name}" for name in manifest["formats"] if FORMATS[name].missing()]
+    absent = [each.name for each in named(manifest["formats"]) if each.missing()]
+    notes += [f"not held, its packages are not here: {name}" for name in absent]
     if len(images) < ENOUGH:
         notes.append(f"differences of scores are judged from {ENOUGH} images on, here were {len(images)}")
     undefined = [score[-1] for each in flows for score in each.scores.values() if np.isnan(score[-1].value)]
@@ -167,6 +183,7 @@ def report_of(manifest: Mapping, images: GateImages, stages: Sequence[OutputErro
             "origin": images.origin,
         },
         "cpu": ov.Core().get_property("CPU", "FULL_DEVICE_NAME"),
+        "quantization": quantization,
         "stages": [
             {
                 "format": row.format,

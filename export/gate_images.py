@@ -4,9 +4,10 @@ import contextlib
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from scaphoid.export.disk import SCRATCH, room_in
 from scaphoid.trainer.data.index import Index, Radiograph, read_index, split_by_patient
 from scaphoid.trainer.data.phantom.generate import GENERATOR_VERSION, Frozen, generate
 
@@ -16,10 +17,14 @@ FEW = 32  # drawn in this process: others take seconds to start
 
 @dataclass(frozen=True)
 class GateImages:
-    """`encoded`: bytes of image files. `radiographs`: their labels, boxes and patients, or none where nobody knows
-    them. `origin`: what they are, for the report; no name of a file, which might be a patient's."""
+    """`encoded`: bytes of image files. `names`: what an error on the terminal calls them, the path that the index or
+    the user gave. `places`: what the report calls them, which travels with the artefacts: no path, for it might hold a
+    patient's name. `radiographs`: their labels, boxes and patients, or none where nobody knows them. `origin`: what
+    they are, for the report."""
 
     encoded: Sequence[bytes]
+    names: Sequence[str]
+    places: Sequence[str]
     radiographs: Sequence[Radiograph]
     origin: str
 
@@ -29,7 +34,7 @@ class GateImages:
 
 @contextlib.contextmanager
 def _drawn(images: int) -> Iterator[Index]:
-    with tempfile.TemporaryDirectory(prefix="scaphoid-gate-") as folder:
+    with tempfile.TemporaryDirectory(prefix="scaphoid-gate-") as folder, room_in(Path(folder), SCRATCH):
         workers = 1 if images <= FEW else os.cpu_count() or 1
         yield generate(Path(folder), images, PHANTOMS.seed, PHANTOMS.split, workers=workers)
 
@@ -41,24 +46,31 @@ def gate_images(images: int = PHANTOMS.images, data: Path | None = None) -> Gate
         raise ValueError(f"--gate-images: expected at least 1, got {images}: no artefact is published unchecked")
     if data is None:
         with _drawn(images) as index:
-            return _of(index, f"phantoms of generator {GENERATOR_VERSION}, seed {PHANTOMS.seed}")
-    index = read_index(data)
+            drawn = _of(index, index, f"phantoms of generator {GENERATOR_VERSION}, seed {PHANTOMS.seed}")
+        # their paths are made like MURA's, and would read like those of patients
+        names = [f"phantom {number}" for number in range(len(drawn))]
+        return replace(drawn, names=names, places=names)
+    index = whole = read_index(data)
     if images < len(index):
         patients = len({radiograph.patient for radiograph in index.radiographs})
         if patients > 1:
             index = split_by_patient(index, images / len(index), PHANTOMS.seed)[1]
         index = Index(index.root, index.radiographs[:images])
-    return _of(index, f"radiographs of the index {Path(data).name}")
+    return _of(index, whole, f"radiographs of the index {Path(data).name}")
 
 
-def _of(index: Index, origin: str) -> GateImages:
+def _of(index: Index, whole: Index, origin: str) -> GateImages:
+    """All of `index`, which is part of the `whole` one."""
     encoded = [index.path(radiograph).read_bytes() for radiograph in index.radiographs]
-    return GateImages(encoded, index.radiographs, origin)
+    place = {radiograph.image: f"radiograph {number}" for number, radiograph in enumerate(whole.radiographs, 1)}
+    names = [radiograph.image for radiograph in index.radiographs]
+    return GateImages(encoded, names, [place[name] for name in names], index.radiographs, origin)
 
 
 def of_files(paths: Sequence[Path]) -> GateImages:
     """Radiographs about which nothing is known, or those of one `index.csv`. Raises OSError."""
     if len(paths) == 1 and paths[0].suffix == ".csv":
         index = read_index(paths[0])
-        return _of(index, f"radiographs of the index {paths[0].name}")
-    return GateImages([path.read_bytes() for path in paths], (), "radiographs")
+        return _of(index, index, f"radiographs of the index {paths[0].name}")
+    places = [f"image {number}" for number in range(1, len(paths) + 1)]
+    return GateImages([path.read_bytes() for path in paths], list(map(str, paths)), places, (), "radiographs")

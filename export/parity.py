@@ -51,7 +51,8 @@ def main() -> None:
         stages = eager_stages(model, model.config.image_size)
         if missing := set(FLOWS[arguments.flow].stages) - set(stages):
             raise ValueError(f"{arguments.weights} has no stage {missing.pop()}: name the weights of {arguments.flow}")
-        report = hold(arguments.artefacts, manifest | {"flows": [arguments.flow]}, stages, of_files(arguments.images))
+        manifest["flows"] = [arguments.flow]
+        report = hold(arguments.artefacts, manifest, stages, of_files(arguments.images))
     except (ManifestError, OSError, ValueError) as error:
         sys.exit(f"parity: {error}")
     for part in tables(report):

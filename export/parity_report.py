@@ -1,10 +1,12 @@
 """The gate's report to read: tables for a terminal and for `parity.md`, from the same rows."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 from rich.markup import escape
 from rich.table import Table
+
+from scaphoid.export.manifest import FIGURES
 
 SCORE_NAMES = {
     "auroc": "AUROC",
@@ -33,7 +35,25 @@ def _figure(value: float | None) -> str:
     return "-" if value is None else f"{value:.3g}"
 
 
+def rounds(quantized: Mapping) -> Rows:
+    """What quantising did to one model: a round each, the last one being the result."""
+    total = sum(quantized["layers"].values())
+    images = f"{quantized['calibration_images']} calibration and {quantized['validation_images']} validation images"
+    return Rows(
+        f"int8 of flow {quantized['flow']} beside fp32, {images}",
+        ("int8 layers", "AUROC", "kappa", "probability", "median IoU", "5th percentile"),
+        [
+            (
+                f"{total - sum(map(len, each['fp32_layers'].values()))} of {total}",
+                *(f"{each[name]:.4f}" for name in FIGURES),
+            )
+            for each in quantized["rounds"]
+        ],
+    )
+
+
 def _all_rows(report: dict) -> Iterator[Rows]:
+    yield from map(rounds, report["quantization"])
     flows = report["flows"]
     names = [
         (each["flow"], f"{each['engine']} {each['precision']}" + (f", {each['note']}" if each["note"] else ""))
@@ -119,14 +139,18 @@ def _all_rows(report: dict) -> Iterator[Rows]:
 BOX_FIGURES = ("largest_pixels", "within_1_pixel", "iou_median", "iou_5th_percentile")
 
 
+def table(rows: Rows) -> Table:
+    found = Table(*rows.header, title=rows.title)
+    for row in rows.rows:
+        found.add_row(*map(escape, row))
+    return found
+
+
 def tables(report: dict) -> Iterator[Table | str]:
     """The report for a terminal."""
     for rows in _all_rows(report):
         if rows.rows:
-            table = Table(*rows.header, title=rows.title)
-            for row in rows.rows:
-                table.add_row(*map(escape, row))
-            yield table
+            yield table(rows)
     yield from report["notes"]
     yield from report["failures"]
     yield verdict(report)
@@ -139,9 +163,9 @@ def markdown(report: dict) -> str:
     for title, header, rows in _all_rows(report):
         if rows:
             lines += ["", f"## {title}", "", _line(header), _line("---" for _ in header), *map(_line, rows)]
-    lines += ["", "Images are numbered in the order in which they were taken. The tolerances are in parity.json."]
+    lines += ["", "Radiographs are numbered from 1 as they stand in the index. The tolerances are in parity.json."]
     return "\n".join(lines) + "\n"
 
 
-def _line(cells) -> str:
-    return f"| {' | '.join(cells)} |"
+def _line(cells: Iterable[str]) -> str:
+    return f"| {' | '.join(' '.join(cell.split()).replace('|', chr(92) + '|') for cell in cells)} |"

@@ -7,7 +7,7 @@ ranges and places the pairs. Weights use 7 of the 8 bits: a CPU without VNNI add
 overflow silently with 8 (relative map error 0.5 instead of 0.1 on the demo's KALM).
 
 Accuracy comes first: when a flow of the quantised stages misses its bar, the layers that do most harm alone stay fp32,
-more of them in each round, until it passes.
+as few of them as let it pass.
 """
 
 import copy
@@ -27,7 +27,6 @@ from scaphoid.export.calibration import Figures
 LAYER = "Conv"
 STRETCHES = 20  # consecutive layers are judged together, in about this many groups a stage
 SAMPLES = 16  # images that the harm of a stretch is measured on
-HARM = (float("inf"), 0.08, 0.04, 0.02, 0.01, 0.005)  # relative error from which a stretch stays fp32, round by round
 
 
 @dataclass(frozen=True)
@@ -160,7 +159,6 @@ def pruned(model: ModelProto) -> ModelProto:
 class Round:
     """One attempt: layers left in fp32 by stage, and the flow's figures with them."""
 
-    harm: float
     kept: dict[str, list[str]]
     figures: Figures
 
@@ -168,22 +166,32 @@ class Round:
 def search(
     stages: Mapping[str, Quantized], measure: Callable[[Mapping[str, ModelProto]], Figures]
 ) -> tuple[dict[str, ModelProto], list[Round]]:
-    """Leave ever more layers in fp32 until `measure` passes, or to the end of HARM; the last round is the result."""
+    """Leave as few stretches in fp32 as `measure` lets pass: none, or the most harmful of all stages, their number
+    found by bisection. The last round is the result, whether or not it passed."""
     rounds: list[Round] = []
-    harms: dict[str, dict[tuple[str, ...], float]] = {}
-    for limit in HARM:
-        if rounds and not harms:  # measured once, and only when it is needed
-            harms = {name: stage.harm() for name, stage in stages.items()}
-        kept = {name: harmful(harms.get(name, {}), limit) for name in stages}
-        if rounds and kept == rounds[-1].kept:
-            continue
-        models = {name: stage.keeping(kept[name]) for name, stage in stages.items()}
-        rounds.append(Round(limit, kept, measure(models)))
-        if rounds[-1].figures.passed:
-            break
-    return models, rounds
+
+    def passes(stretches: Iterable[tuple[str, tuple[str, ...]]]) -> bool:
+        chosen = set(stretches)
+        kept = {
+            name: [layer for stretch in stage.stretches if (name, stretch) in chosen for layer in stretch]
+            for name, stage in stages.items()
+        }
+        rounds.append(Round(kept, measure(models_of(stages, kept))))
+        return rounds[-1].figures.passed
+
+    if not passes(()):
+        harm = {(name, stretch): error for name, each in stages.items() for stretch, error in each.harm().items()}
+        ranked = sorted(harm, key=lambda stretch: -harm[stretch])
+        few, many = 0, len(ranked)  # that miss the bar; that leave nothing in int8, which is no answer
+        while many - few > len(stages):
+            middle = (few + many) // 2
+            few, many = (few, middle) if passes(ranked[:middle]) else (middle, many)
+    best = min(rounds, key=lambda each: (not each.figures.passed, sum(map(len, each.kept.values()))))
+    if best.figures.passed:
+        rounds.remove(best)
+        rounds.append(best)
+    return models_of(stages, rounds[-1].kept), rounds
 
 
-def harmful(harm: Mapping[Sequence[str], float], limit: float) -> list[str]:
-    """The layers of every stretch whose harm exceeds `limit`, in order."""
-    return [layer for stretch, error in harm.items() if error > limit for layer in stretch]
+def models_of(stages: Mapping[str, Quantized], kept: Mapping[str, Sequence[str]]) -> dict[str, ModelProto]:
+    return {name: stage.keeping(kept[name]) for name, stage in stages.items()}

@@ -16,7 +16,7 @@ MAPS = {ACTIVATION.name, CLASS_ACTIVATION.name}
 SMALLEST_SCALE = {**dict.fromkeys(MAPS, 1e-30), LOGITS.name: 1.0, PARTS_LOGITS.name: 1.0}
 EXACT = 1e-4  # of glue and preprocessing, whatever the precision: they are the same code on the same inputs
 PIXELWISE = {"suppress"}  # stages with a hard decision for every pixel: one of them is always within rounding
-# Encoders whose map such a stage decides by: they stay in fp32 where the others are fp16.
+# Encoders whose map such a stage decides by: they stay in fp32 where the others are fp16 or int8.
 DECIDING_PIXELS = {
     producer.stage.name
     for flow in FLOWS.values()
@@ -60,6 +60,11 @@ TOLERANCES = {
     "bf16": Tolerance(largest=100 / 2**8, mean=10 / 2**8, probability=0.02, pixels=None, share=0.95, explained=False),
     "int8": Tolerance(largest=None, mean=None, probability=None, pixels=None, share=0.0, explained=False, kappa=0.03),
 }
+
+
+def precision_of(stage: Stage, precision: str) -> str:
+    """What is in the file of the encoder `stage` among files of a `precision`."""
+    return "f32" if precision in ("f16", "int8") and stage.name in DECIDING_PIXELS else precision
 
 
 def at_most(stage: Stage, precision: str) -> tuple[float | None, float | None]:

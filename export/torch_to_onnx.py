@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from scaphoid.export.tolerances import DECIDING_PIXELS
+from scaphoid.export.tolerances import precision_of
 from scaphoid.trainer.contracts import Stage
 from scaphoid.trainer.stages.encoder import Encoder
 
@@ -73,7 +73,7 @@ def with_half_backbone(module: nn.Module, wrap: type[nn.Module] = HalfBackbone) 
 
 def in_half(stage: Stage, precision: str) -> bool:
     """Whether the backbone of the encoder `stage` computes in fp16."""
-    return precision == "f16" and stage.name not in DECIDING_PIXELS
+    return precision_of(stage, precision) == "f16"
 
 
 def torch_to_onnx(

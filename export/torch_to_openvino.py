@@ -8,6 +8,7 @@ import openvino as ov
 import torch
 from torch import nn
 
+from scaphoid.export.onnx_to_openvino import write
 from scaphoid.trainer.contracts import Stage
 
 ELEMENT_TYPES = {"UINT8": ov.Type.u8, "FP32": ov.Type.f32, "INT32": ov.Type.i32}
@@ -52,7 +53,4 @@ def save(model: ov.Model, stage: Stage, path: Path) -> None:
     for index, operation in enumerate(model.get_ordered_ops()):
         if re.fullmatch(r"\w+_\d+", operation.get_friendly_name()):  # named by a count over the whole process
             operation.set_friendly_name(f"{operation.get_type_name()}_{index}")
-    try:
-        ov.save_model(model, str(path), compress_to_fp16=False)
-    except RuntimeError as error:  # a full disk, a folder that may not be written
-        raise OSError(f"{path} could not be written: {str(error).strip().splitlines()[-1]}") from error
+    write(model, path)

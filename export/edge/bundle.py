@@ -18,8 +18,8 @@ from pathlib import Path
 
 import scaphoid.kernels
 from scaphoid.export.artefacts import ManifestError, verify, write_manifest
+from scaphoid.export.disk import room_in
 from scaphoid.export.edge.flow import BATCH
-from scaphoid.export.edge.manifest import check
 from scaphoid.export.edge.memory import MIB, budgets
 from scaphoid.export.tensorrt_engines.build_engines import encoders, no_onnx, onnx_file
 
@@ -42,7 +42,6 @@ def bundle(
     """Writes the folder `out`, which must not be there yet, telling each step. Raises ManifestError for artefacts that
     are damaged or hold no ONNX of that precision, OSError when `out` exists or wheels cannot be fetched."""
     manifest = verify(artefacts)
-    check(artefacts, manifest)
     stages = encoders(manifest)
     if missing := [stage for stage in stages if onnx_file(stage, precision) not in manifest["files"]]:
         raise ManifestError(no_onnx(artefacts, missing[0], precision))
@@ -51,7 +50,8 @@ def bundle(
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        yield from _fill(partial, artefacts, manifest, precision, wheels, python)
+        with room_in(out.parent):
+            yield from _fill(partial, artefacts, manifest, precision, wheels, python)
         partial.rename(out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -14,7 +14,6 @@ import numpy as np
 
 from scaphoid.export.artefacts import ManifestError, read_manifest
 from scaphoid.export.edge.flow import encoders
-from scaphoid.export.edge.manifest import check
 from scaphoid.export.edge.plan import allocate
 from scaphoid.export.tensorrt_engines.build_engines import no_onnx
 from scaphoid.trainer.data.header import MAX_PIXELS
@@ -47,7 +46,6 @@ class Budget:
 def budgets(artefacts: Path, batches: list[int], precision: str, threads: int) -> list[Budget]:
     """One for each flow of `artefacts` and batch size, with `threads` decoding; needs OpenVINO, to read graphs."""
     manifest, decoding = read_manifest(artefacts), threads * MAX_PIXELS * DECODED_BYTES
-    check(artefacts, manifest)
     found = []
     for flow in manifest["flows"]:
         models = [_model(artefacts, name) for name in encoders(flow)]

@@ -18,6 +18,7 @@ from pathlib import Path
 from threading import Event
 
 from scaphoid.export.artefacts import sha256
+from scaphoid.export.disk import room_in
 from scaphoid.export.edge.flow import BATCH, Flow, Result
 from scaphoid.trainer.journal import JOURNAL, Journal, Prediction
 
@@ -52,10 +53,20 @@ class Arrivals:
 
 @contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
-    """Raises BlockingIOError when another process watches into `folder`."""
+    """Raises BlockingIOError when another process watches into `folder`, with its number: it is in the lock's file."""
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    with open(folder / ".lock", "a+") as lock:  # not "w", which would empty the file of whoever holds it
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            holder = lock.read(20).strip()
+            who = f"process {holder}" if holder.isdecimal() else "another process"
+            raise BlockingIOError(
+                f"{who} already watches into {folder} and holds {folder / '.lock'}: stop it, or name another folder"
+            ) from None
+        lock.truncate(0)
+        print(os.getpid(), file=lock, flush=True)
         yield
 
 
@@ -82,7 +93,7 @@ class Watch:
             raise ValueError(f"results would go into {self.inbox}, which is watched: name another folder for them")
         for place in places:
             place.mkdir(parents=True, exist_ok=True)
-        with alone_in(self.out), Journal(self.out / JOURNAL) as journal:
+        with room_in(self.out), alone_in(self.out), Journal(self.out / JOURNAL) as journal:
             arrivals = Arrivals(self.inbox)
             while not stop.is_set():
                 complete = arrivals.look()

@@ -13,6 +13,7 @@ Not run on hardware. `--compile-check` runs all of it but the GPU, with TensorRT
 
 import argparse
 import ctypes
+import errno
 import hashlib
 import importlib
 import json
@@ -42,6 +43,7 @@ MAJOR, MINOR = 75, 76  # the driver's attributes for the compute capability
 STAGE = re.compile(r"[A-Za-z0-9_]+")  # a stage's name becomes a file's
 ENTRY = {"stage", "kind", "key", "sha256"}  # what is read of an engine in the manifest, and of its key
 KEY = {"onnx", "tensorrt", "gpu", "precision", "shapes"}
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 GAVE_UP = 3  # exit status of a process whose builder did
 
 
@@ -84,17 +86,25 @@ def read_manifest(artefacts: Path) -> dict:
     try:
         manifest = json.loads(path.read_text())
         found = {"stages": dict(manifest["stages"]), "files": dict(manifest["files"])}
-    except (OSError, ValueError, LookupError, TypeError):
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
         raise BuildError(f"{path} is no manifest of scaphoid-export: name its --out folder") from None
     for name, stage in found["stages"].items():
         if not STAGE.fullmatch(str(name)):
             raise BuildError(f"{path} has a stage {name!r}: expected letters, digits and _; export again")
-        try:
-            if stage["kind"] == "encoder":
-                shapes_of(found, name)
-        except (LookupError, TypeError):
-            raise BuildError(f"{path} lacks the kind or the inputs of the stage {name}: export again") from None
+        if not _is_whole(stage):
+            raise BuildError(f"{path} lacks the kind, or inputs with names and dims, of the stage {name}: export again")
     return found
+
+
+def _is_whole(stage: object) -> bool:
+    """Whether a manifest says of a stage what is read here. The rest of the project checks more (export/manifest.py);
+    this file is by itself."""
+    try:
+        inputs = [(tensor["name"], dim) for tensor in stage["inputs"] for dim in tensor["dims"]]
+        named = isinstance(stage["kind"], str) and all(isinstance(name, str) for name, _ in inputs)
+        return named and len(inputs) > 0 and all(type(dim) is int and dim > 0 for _, dim in inputs)
+    except (LookupError, TypeError):
+        return False
 
 
 def onnx_file(stage: str, precision: str) -> str:
@@ -213,9 +223,16 @@ def build_all(jobs: Sequence[Job], engines: Path, build: Build, workspace: int =
             what = "built" if job.target is None else "compiles, which is no engine:"
             print(f"{job.stage}: {what} {job.file}, {found['bytes'] / 2**20:.1f} MiB in {found['seconds']:.0f} s")
         except (BuildError, OSError) as error:
-            print(f"{job.stage}: failed: {error}", file=sys.stderr, flush=True)
+            print(f"{job.stage}: failed: {_reason(error, engines)}", file=sys.stderr, flush=True)
             complete = False
     return complete
+
+
+def _reason(error: Exception, folder: Path) -> str:
+    """In one line; of a full disk, which Python tells without the folder, with what to do."""
+    if getattr(error, "errno", None) not in FULL:
+        return str(error)
+    return f"no space left in {folder} ({error.strerror}): free some, and run the same command again"
 
 
 def build_one(job: Job, path: Path, build: Build, workspace: int) -> dict:
@@ -324,7 +341,11 @@ def positive(text: str) -> int:
 
 def main() -> None:
     if sys.argv[1:] == ["--one"]:
-        return build_here(json.load(sys.stdin))
+        request = json.load(sys.stdin)
+        try:
+            return build_here(request)
+        except (BuildError, OSError) as error:
+            sys.exit(_reason(error, Path(request["plan"]).parent))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("artefacts", type=Path, help="folder that scaphoid-export wrote with --formats onnx")
     parser.add_argument("engines", type=Path, help="folder for the engines; those that fit are kept")

@@ -1,5 +1,6 @@
 """What goes into a manifest, what does not verify, and exports that cannot be: one line, and nothing half-written."""
 
+import errno
 import json
 import os
 import resource
@@ -14,6 +15,7 @@ from scaphoid.export import artefacts
 from scaphoid.export import publish as publish_module
 from scaphoid.export import trained as trained_module
 from scaphoid.export.artefacts import MANIFEST, ManifestError, accepted, verify, write_manifest
+from scaphoid.export.disk import claim, room_in
 
 
 @pytest.fixture
@@ -131,7 +133,8 @@ def test_preprocessing_holds_no_path_of_this_machine_and_is_the_same_twice(tmp_p
 
 
 @pytest.mark.slow
-def test_a_full_disk_leaves_earlier_artefacts_and_nothing_half_written(tmp_path):
+@pytest.mark.parametrize("formats", [[], ["--formats", "onnx"]], ids=["OpenVINO writes", "Python writes"])
+def test_a_full_disk_is_one_line_and_leaves_earlier_artefacts_and_nothing_half_written(tmp_path, formats):
     torch = pytest.importorskip("torch")
     pytest.importorskip("scaphoid.kernels.library")
     from scaphoid.trainer.checkpoint import save_model
@@ -141,13 +144,49 @@ def test_a_full_disk_leaves_earlier_artefacts_and_nothing_half_written(tmp_path)
     weights, out = tmp_path / "kalm.safetensors", tmp_path / "artefacts"
     save_model(weights, Kalm(KalmConfig("test_resnet", image_size=96, key_size=64)))
     out.mkdir()
-    write_manifest(out, {"flows": []})
-    done = export_command(weights, "--out", out, "--gate-images", "1", limit=400_000)
+    write_manifest(out, {"flows": ["kalm"]})
+    done = export_command(weights, "--out", out, "--gate-images", "1", *formats, limit=400_000)
     assert done.returncode == 1, done.stderr
-    assert done.stderr.splitlines()[-1].startswith("scaphoid-export: ")
+    said = f"no space left in {tmp_path} (File too large): free some, or name a folder on another disk"
+    assert done.stderr.splitlines()[-1] == f"scaphoid-export: {said}"
     assert "Traceback" not in done.stderr
-    assert verify(out)["flows"] == []
+    assert verify(out)["flows"] == ["kalm"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["artefacts", "kalm.safetensors"]
+
+
+def test_what_a_full_disk_makes_writers_raise_names_the_folder(tmp_path):
+    for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        with (
+            pytest.raises(OSError, match=rf"^no space left in {tmp_path} \(.+\): free some, or set"),
+            room_in(tmp_path, "set TMPDIR"),
+        ):
+            raise OSError(number, os.strerror(number))
+    with pytest.raises(PermissionError, match="denied"), room_in(tmp_path):
+        raise PermissionError(errno.EACCES, "denied")
+    claim(tmp_path / "fits", 10_000)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_openvinos_writer_gives_the_systems_reason_and_leaves_nothing(tmp_path):
+    """Its own is `basic_ios::clear: iostream error`."""
+    program = (
+        "import resource, sys, numpy, openvino as ov\n"
+        "from pathlib import Path\n"
+        "from openvino import opset13 as ops\n"
+        "from scaphoid.export.onnx_to_openvino import write\n"
+        "x = ops.parameter([-1, 4], numpy.float32)\n"
+        "weight = ops.constant(numpy.ones((4, 9999), numpy.float32))\n"
+        "model = ov.Model([ops.matmul(x, weight, False, False)], [x], 'm')\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (99_999, 99_999))\n"
+        "try:\n"
+        "    write(model, Path(sys.argv[1]))\n"
+        "except OSError as error:\n"
+        "    print(error.errno)\n"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path / "model.xml")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.stdout.strip() == str(errno.EFBIG), done.stderr
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_links_and_special_files_do_not_verify(folder, tmp_path):

@@ -1,4 +1,6 @@
 import io
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -11,12 +13,13 @@ from torch import nn  # noqa: E402
 
 from scaphoid.export.artefacts import OPS_LIBRARY, ManifestError, verify  # noqa: E402
 from scaphoid.export.doors import Door, DoorError, check_door  # noqa: E402
-from scaphoid.export.export import ExportError, export, flows_of  # noqa: E402
+from scaphoid.export.export import ExportError, export  # noqa: E402
 from scaphoid.export.flow_parity import Parity, answers  # noqa: E402
-from scaphoid.export.precision import PRECISIONS, effective_precision  # noqa: E402
+from scaphoid.export.precision import PRECISIONS, effective_precision, fallback  # noqa: E402
 from scaphoid.export.runner import OpenVinoStage, Runner, eager_stages, load_served  # noqa: E402
 from scaphoid.export.torch_to_openvino import torch_to_openvino  # noqa: E402
 from scaphoid.export.torch_to_torchscript import torch_to_torchscript  # noqa: E402
+from scaphoid.export.trained import flows_of  # noqa: E402
 from scaphoid.trainer.checkpoint import save_model  # noqa: E402
 from scaphoid.trainer.contracts import STAGES  # noqa: E402
 from scaphoid.trainer.flows import FLOWS  # noqa: E402
@@ -78,6 +81,22 @@ def test_a_door_that_breaks_the_contract_is_named(logits, probability):
 def test_f32_is_everywhere_and_others_fall_back_to_it():
     assert effective_precision("f32") == "f32"
     assert all(effective_precision(precision) in (precision, "f32") for precision in PRECISIONS)
+    assert all((fallback(each) == "") == (effective_precision(each) == each) for each in PRECISIONS)
+
+
+def test_what_engines_run_in_is_told_without_openvinos_package_too(monkeypatch):
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    assert fallback("f32") == ""
+    unknown = "exported for bf16; what they run in is unknown: OpenVINO's Python package is not installed here"
+    assert fallback("bf16") == unknown
+    program = (
+        "import sys; sys.modules['openvino'] = None\n"
+        "import scaphoid.triton_repo.serve as serve\n"
+        "assert 'torch' not in sys.modules\n"
+        "print(serve.fallback('bf16'))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout.strip() == unknown, done.stderr
 
 
 def test_a_plain_classifier_is_refused_with_the_way_on(tmp_path):

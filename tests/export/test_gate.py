@@ -14,11 +14,16 @@ from scaphoid.export.export import export  # noqa: E402
 from scaphoid.export.format_parity import Errors, ExportedStage  # noqa: E402
 from scaphoid.export.formats import FORMATS  # noqa: E402
 from scaphoid.export.gate_images import PHANTOMS, GateImages, gate_images, of_files  # noqa: E402
+from scaphoid.export.manifest import FIGURES  # noqa: E402
+from scaphoid.export.parity_report import _line, markdown  # noqa: E402
+from scaphoid.export.pipeline_to_dali import pipeline_to_dali  # noqa: E402
 from scaphoid.export.publish import REJECTED, GateError  # noqa: E402
+from scaphoid.export.runner import PREPROCESS_BATCH  # noqa: E402
 from scaphoid.trainer.checkpoint import save_model  # noqa: E402
 from scaphoid.trainer.contracts import IMAGE, ORIGINAL_SIZE, STAGES  # noqa: E402
 from scaphoid.trainer.data.index import Index, Radiograph, write_index  # noqa: E402
 from scaphoid.trainer.data.phantom.generate import TEST, TRAINING  # noqa: E402
+from scaphoid.trainer.data.pipeline import decode_batch  # noqa: E402
 from scaphoid.trainer.flows import FLOWS  # noqa: E402
 from scaphoid.trainer.models.kalm import Kalm, KalmConfig  # noqa: E402
 from scaphoid.trainer.models.msfm import Msfm, MsfmConfig  # noqa: E402
@@ -29,6 +34,7 @@ def test_the_gates_phantoms_are_nobody_elses():
     first, again = gate_images(3), gate_images(3)
     assert first.encoded == again.encoded
     assert len(first.radiographs) == 3
+    assert first.names == first.places == ["phantom 0", "phantom 1", "phantom 2"]
     assert "52561" in first.origin
     with pytest.raises(ValueError, match="--gate-images: expected at least 1, got 0"):
         gate_images(0)
@@ -47,6 +53,46 @@ def test_your_own_index_gives_whole_patients(tmp_path):
     assert [data[-1] for data in chosen.encoded] == [int(each.image[:-4]) for each in chosen.radiographs]
     assert len(gate_images(99, path)) == len(of_files([path])) == 24
     assert of_files([tmp_path / "3.pgm"]).radiographs == ()
+    assert chosen.names == [each.image for each in chosen.radiographs]
+    assert chosen.places == [f"radiograph {int(each.image[:-4]) + 1}" for each in chosen.radiographs]
+    assert of_files([tmp_path / "3.pgm"]).names == [str(tmp_path / "3.pgm")]
+    assert of_files([tmp_path / "3.pgm"]).places == ["image 1"]
+
+
+def test_an_image_that_cannot_be_decoded_is_named(tmp_path):
+    """As the index, or the user, names it: neither by its place in a batch nor by more than that."""
+    (tmp_path / "preprocess").mkdir()
+    pipeline_to_dali(tmp_path / "preprocess" / "model.dali", 96, PREPROCESS_BATCH)
+    good = gate_images(1).encoded[0]
+    bad = PREPROCESS_BATCH + 1
+    names = [f"valid/{number}.png" for number in range(bad + 2)]
+    encoded = [good[:-40] if number == bad else good for number in range(len(names))]
+    eager = {"preprocess": lambda encoded: tuple(map(torch.from_numpy, decode_batch(encoded, 96)))}
+    with pytest.raises(ValueError, match=rf"^valid/{bad}\.png: .*truncated.*: mend it, or leave it out"):
+        list(gate._preprocess(tmp_path, {}, eager, GateImages(encoded, names, (), (), ""), Errors()))
+
+
+QUANTIZED = {
+    **{"flow": "msfm", "calibration_images": 40, "validation_images": 50, "layers": {"encoder": 9}},
+    "rounds": [{**dict.fromkeys(FIGURES, 0.25), "fp32_layers": {"encoder": ["/stem"]}}],
+}
+
+
+def test_int8_that_missed_its_bar_fails_and_the_report_tells_all_of_it():
+    told = {"notes": ["fma_encoder stays"], "failures": ["kappa differs"]}
+    manifest = {"precision": "f32", "formats": [], "quantization": [QUANTIZED | told]}
+    images = GateImages((), (), (), (), "")
+    report = gate.report_of(manifest, images, [], [])
+    assert (report["passed"], report["failures"]) == (False, ["kappa differs"])
+    assert report["notes"][0] == "fma_encoder stays"
+    read = markdown(report)
+    assert "int8 of flow msfm beside fp32, 40 calibration and 50 validation images" in read
+    assert "| 8 of 9 | 0.2500 |" in read
+    assert gate.report_of(manifest | {"quantization": [QUANTIZED]}, images, [], [])["passed"]
+
+
+def test_a_name_does_not_break_the_report():
+    assert _line(["a|b", "c\nd", ""]) == "| a\\|b | c d |  |"
 
 
 class Stub:
@@ -88,7 +134,7 @@ def judged(flow, modules, **changed):
     whole = flow.run(modules, given, flow.outputs)
     batches = [{name: each[rows] for name, each in whole.items()} for rows in (slice(0, 2), slice(2, 3))]
     engine, errors = Stub(modules, **changed), Errors()
-    found = gate._flow_parities(None, {}, flow, engine, batches, GateImages((), (), ""), errors, 1)
+    found = gate._flow_parities(None, {}, flow, engine, batches, GateImages((), (), (), (), ""), errors, 1)
     failed = {(row.stage.name, row.output) for row in errors.rows.values() if row.failure}
     return found, failed, engine
 

@@ -8,7 +8,7 @@ pytest.importorskip("scaphoid.kernels.library")
 
 from scaphoid.export.flow_parity import Parity  # noqa: E402
 from scaphoid.export.format_parity import OutputError, errors_of  # noqa: E402
-from scaphoid.export.tolerances import DECIDING_PIXELS, EXACT, TOLERANCES, at_most  # noqa: E402
+from scaphoid.export.tolerances import DECIDING_PIXELS, EXACT, TOLERANCES, at_most, precision_of  # noqa: E402
 from scaphoid.trainer.contracts import STAGES  # noqa: E402
 from scaphoid.trainer.data.index import Radiograph  # noqa: E402
 from scaphoid.trainer.flows import FLOWS  # noqa: E402
@@ -62,9 +62,12 @@ def test_equal_answers_pass_in_every_precision():
 def test_full_precision_allows_few_images_and_each_needs_its_margin():
     few, sure = move([3], 20, 0.3, MAP_ERROR / 2), move([3], 20, 0.3, 2 * MAP_ERROR)
     assert parity(200, "f32", few).failures == []
-    assert parity(200, "f32", few).summary()["images_beyond"][0]["image"] == 3
+    assert parity(200, "f32", few).summary()["images_beyond"][0]["image"] == "image 3"
     (line,) = parity(200, "f32", sure).failures
     assert "image 3: probability differs by 0.3" in line
+    places = [f"radiograph {number + 1}" for number in range(200)]
+    (line,) = parity(200, "f32", sure, places=places).failures
+    assert ": radiograph 4: probability differs by 0.3" in line
     assert any("2 of 200" in line for line in parity(200, "f32", move([3, 4], 20, 0.3, 0)).failures)
     assert any("2 of 32" in line for line in parity(32, "f32", move([3, 4], 0, 0.002, 0)).failures)
 
@@ -90,6 +93,9 @@ def test_scores_are_judged_from_enough_images_on():
     low, high = many.scores["kappa"][2].low, many.scores["kappa"][2].high
     assert low < many.scores["kappa"][2].value < high < 0
     assert len(many.flips) == 7
+    places = [f"radiograph {n + 1}" for n in range(120)]
+    named = parity(120, "int8", shift, radiographs=radiographs(120), places=places)
+    assert [each["image"] for each in named.summary()["verdicts_flipped"]] == [places[n] for n in many.flips]
     assert parity(60, "int8", shift, radiographs=radiographs(60)).failures == []
     assert parity(120, "int8", shift).scores == {}
 
@@ -123,6 +129,8 @@ def test_glue_is_exact_whatever_the_encoders_compute_in():
 
 def test_the_encoder_whose_map_decides_each_pixel_stays_in_full_precision():
     assert {"fma_encoder"} == DECIDING_PIXELS
+    assert [precision_of(STAGES["fma_encoder"], each) for each in TOLERANCES] == ["f32", "f32", "bf16", "f32"]
+    assert [precision_of(STAGES["encoder"], each) for each in TOLERANCES] == ["f32", "f16", "bf16", "int8"]
 
 
 def test_one_far_element_passes_in_half_precision_and_a_small_error_everywhere_does_not():

@@ -11,6 +11,7 @@ import pytest
 from scaphoid.export.artefacts import ManifestError, verify, write_manifest
 from scaphoid.export.edge.bundle import INSTALL, bundle, needed_modules
 from scaphoid.export.edge.memory import table
+from scaphoid.trainer.contracts import STAGES
 
 NEEDS = 'MEMORY_MIB=500\nDISK_MIB=1\nPRECISION=f16\nFLOWS="msfm kalm"\n'
 MODULES = needed_modules()
@@ -162,16 +163,31 @@ def test_linters_find_nothing(tool_name, tmp_path):
 
 
 def test_a_bundle_that_fails_leaves_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr("scaphoid.export.edge.bundle.check", lambda *_: None)
     monkeypatch.setattr("scaphoid.export.edge.bundle.needs", lambda *_: NEEDS)
     failed = subprocess.CompletedProcess([], 1, "", "a warning\nno network\n")
     monkeypatch.setattr("scaphoid.export.edge.bundle.subprocess.run", lambda *_, **__: failed)
     (tmp_path / "artefacts" / "onnx").mkdir(parents=True)
     (tmp_path / "artefacts" / "onnx" / "encoder.f16.onnx").touch()
-    write_manifest(tmp_path / "artefacts", {"stages": {"encoder": {"kind": "encoder"}}})
+    sides = (("inputs", STAGES["encoder"].inputs), ("outputs", STAGES["encoder"].outputs))
+    doors = {
+        side: [
+            {"name": tensor.name, "dtype": tensor.dtype, "dims": [7 if isinstance(n, str) else n for n in tensor.dims]}
+            for tensor in tensors
+        ]
+        for side, tensors in sides
+    }
+    write_manifest(tmp_path / "artefacts", {"stages": {"encoder": {"kind": "encoder", **doors}}})
     with pytest.raises(OSError, match=r"pip could not fetch the wheels \(no network\)"):
         list(bundle(tmp_path / "artefacts", tmp_path / "out"))
     assert [path.name for path in tmp_path.iterdir()] == ["artefacts"]
+    monkeypatch.setattr("scaphoid.export.edge.bundle.shutil.copyfile", full_disk)
+    with pytest.raises(OSError, match=rf"^no space left in {tmp_path} \(No space left on device\): free some"):
+        list(bundle(tmp_path / "artefacts", tmp_path / "out"))
+    assert [path.name for path in tmp_path.iterdir()] == ["artefacts"]
+
+
+def full_disk(source, to):
+    raise OSError(28, "No space left on device", str(to))
 
 
 @pytest.mark.slow

@@ -18,7 +18,7 @@ def make(tmp_path):
         folder = tmp_path / name
         folder.mkdir()
         (folder / "model").write_text(name)
-        write_manifest(folder, {"flows": []})
+        write_manifest(folder, {"flows": ["kalm"]})
         return folder
 
     return artefacts

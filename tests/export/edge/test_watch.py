@@ -1,5 +1,6 @@
 """What arrives in a folder is predicted once, whatever happens to the process in between."""
 
+import fcntl
 import json
 import os
 import signal
@@ -38,9 +39,30 @@ def test_only_files_that_stay_the_same_have_arrived(tmp_path):
     assert tmp_path / "c.png" in arrivals.look()
 
 
-def test_one_process_watches_into_a_folder(tmp_path):
-    with alone_in(tmp_path), pytest.raises(BlockingIOError), alone_in(tmp_path):
-        pass
+def test_one_process_watches_into_a_folder_and_the_next_is_told_which(tmp_path):
+    inbox, out = tmp_path / "inbox", tmp_path / "out"
+    inbox.mkdir()
+    said = rf"process {os.getpid()} already watches into {out} and holds {out}/\.lock: stop it, or name another folder"
+    for _ in range(2):  # who was refused leaves the number of who holds it
+        with alone_in(out), pytest.raises(BlockingIOError, match=f"^{said}$"):
+            Watch(None, inbox, out).run(threading.Event())
+    (out / ".lock").write_text("")
+    with open(out / ".lock") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(BlockingIOError, match=r"^another process already watches into"), alone_in(out):
+            pass
+    with alone_in(out):
+        assert (out / ".lock").read_text() == f"{os.getpid()}\n"
+
+
+def test_a_full_disk_is_told_with_its_folder(tmp_path, monkeypatch):
+    def full(path):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("scaphoid.export.edge.watch.Journal", full)
+    (tmp_path / "inbox").mkdir()
+    with pytest.raises(OSError, match=rf"^no space left in {tmp_path}/out \(No space left on device\): free some"):
+        Watch(None, tmp_path / "inbox", tmp_path / "out").run(threading.Event())
 
 
 @pytest.mark.parametrize("inbox", ["out", "out/done", "out/../out/rejected", "missing", "file"])

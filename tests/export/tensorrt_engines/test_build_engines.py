@@ -144,7 +144,8 @@ def test_a_full_disk_is_said_and_leaves_what_was_there(artefacts, write_artefact
         raise OSError(28, "No space left on device")
 
     assert not build_all(jobs_of(artefacts), engines, full)
-    assert "No space left on device" in capsys.readouterr().err
+    said = f"encoder: failed: no space left in {engines} (No space left on device): free some, and run the same command"
+    assert said in capsys.readouterr().err
     assert {path.name: path.read_bytes() for path in engines.iterdir()} == before
 
 
@@ -165,9 +166,19 @@ def test_bad_input_is_named(artefacts, tmp_path):
     ("edit", "told"),
     [
         (lambda stages: stages.update({"../esc": stages["encoder"]}), r"has a stage '\.\./esc': expected letters"),
-        (lambda stages: stages["encoder"].pop("kind"), r"lacks the kind or the inputs of the stage encoder"),
-        (lambda stages: stages["encoder"].pop("inputs"), r"lacks the kind or the inputs of the stage encoder"),
-        (lambda stages: stages.update(encoder=None), r"lacks the kind or the inputs of the stage encoder"),
+        (
+            lambda stages: stages["encoder"].pop("kind"),
+            r"lacks the kind, or inputs with names and dims, of the stage encoder",
+        ),
+        (
+            lambda stages: stages["encoder"].pop("inputs"),
+            r"lacks the kind, or inputs with names and dims, of the stage encoder",
+        ),
+        (lambda stages: stages.update(encoder=None), r"lacks the kind, or inputs with names and dims, of the stage"),
+        (lambda stages: stages["encoder"]["inputs"][0].pop("name"), r"lacks the kind, or inputs"),
+        (lambda stages: stages["encoder"]["inputs"][0].update(dims="123"), r"lacks the kind, or inputs"),
+        (lambda stages: stages["encoder"]["inputs"][0].update(dims=[1, -9, 9]), r"lacks the kind, or inputs"),
+        (lambda stages: stages["encoder"].update(inputs=[]), r"lacks the kind, or inputs"),
     ],
 )
 def test_an_edited_manifest_is_refused(artefacts, edit, told):
