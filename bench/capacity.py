@@ -122,7 +122,8 @@ def capacity(arguments: Capacity) -> Report:
     facts = (
         "ON PAPER, NOT MEASURED on a GPU: encoder times are the layers' static roofline (fp16, published peaks) over "
         f"the assumed efficiency of {arguments.efficiency:g}; halve it and the GPU's limit halves",
-        "decoding is measured on this machine: core-time of one 5-megapixel radiograph through DALI on the CPU",
+        "decoding is measured on this machine: core-time of one 5-megapixel radiograph through DALI on the CPU, the "
+        "guard's reading included",
         f"assumed: {arguments.request_core_ms:g} core-ms a request besides decoding, {1e6 * GLUE_S:g} us a glue stage, "
         f"batches of up to {MAX_BATCH}, Poisson arrivals; replicas for {100 * LOAD:.0f} % of saturation, {SPARE} spare",
         *(f"{each.name}: {each.rate:.3g} images/s ({each.why})" for each in SCENARIOS),

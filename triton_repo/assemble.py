@@ -41,14 +41,38 @@ from scaphoid.export.precision import HINTS
 from scaphoid.export.tensorrt_engines.build_engines import PRECISIONS, BuildError, gpu_name, load_tensorrt
 from scaphoid.export.tensorrt_engines.load_engines import EngineError, find_engine
 from scaphoid.trainer.contracts import ENCODED
-from scaphoid.triton_repo.configs import ACCEPTED, CONFIG, PRECISION, TRAINED_ON_PHANTOMS, WEIGHTS, ConfigError, check
+from scaphoid.triton_repo.configs import (
+    ACCEPTED,
+    CONFIG,
+    FIRST,
+    GUARD,
+    PRECISION,
+    TRAINED_ON_PHANTOMS,
+    WEIGHTS,
+    ConfigError,
+    check,
+)
 from scaphoid.triton_repo.memory import BOUNDED, SERVER_FLAGS, server_flags, step_limit
 from scaphoid.triton_repo.rules import check_assembled
 from scaphoid.triton_repo.versioning import versions
+from scaphoid.triton_repo.versioning.lock import locked
 from scaphoid.triton_repo.versioning.versions import weights_hash
 
 CONFIGS = {target: Path(__file__).parent / target for target in ("cpu", "gpu")}
 VERSION = "1"
+PACKAGE = Path(__file__).parents[1]
+# What the guard's model.py imports: copied beside it, so that the vendor's image needs no more than it has, and the
+# manifest lists the guard as well.
+GUARD_MODULES = (
+    "trainer/__init__.py",
+    "trainer/data/__init__.py",
+    "trainer/data/guard.py",
+    "trainer/data/header.py",
+    "trainer/data/jpeg.py",
+    "triton_repo/__init__.py",
+    "triton_repo/supervisor/__init__.py",
+    "triton_repo/supervisor/request_log.py",
+)
 
 
 @dataclass(frozen=True)
@@ -75,22 +99,41 @@ def assemble(artefacts: Path, repository: Path, engines: Engines | None = None, 
     """Write the model repository of every flow that `artefacts` hold, for a CPU, or with `engines` for the GPU that
     they were built for; returns its manifest's content. `configs`: other static configurations than the package's.
 
-    A `repository` that was assembled before is replaced, once the new one is complete. Raises ManifestError for damaged
-    artefacts or such without what a GPU needs, EngineError for engines that do not fit them, this GPU or this TensorRT,
-    ConfigError for a configuration that breaks a contract or a rule, FileExistsError for a foreign folder.
+    A `repository` that was assembled before is replaced, once the new one is complete, or left alone when it is the
+    same. Raises ManifestError for damaged
+    artefacts or such without what a GPU needs, and for a repository that is served or holds versions that were added,
+    EngineError for engines that do not fit the artefacts, this GPU or this TensorRT, ConfigError for a configuration
+    that breaks a contract or a rule, FileExistsError for a foreign folder.
     """
     manifest = verify(artefacts)
     if repository.exists() and any(repository.iterdir()) and not (repository / MANIFEST).is_file():
         raise FileExistsError(f"{repository} is not empty and was not assembled by this command: choose another folder")
     partial = repository.with_name(repository.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        content = _write_repository(artefacts, manifest, partial, engines, configs or CONFIGS[target_of(engines)])
-        shutil.rmtree(repository, ignore_errors=True)
-        partial.rename(repository)
-    finally:
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    with locked(partial.parent, alone=True, wait_s=versions.LOCK_WAIT_S):
         shutil.rmtree(partial, ignore_errors=True)
+        try:
+            content = _write_repository(artefacts, manifest, partial, engines, configs or CONFIGS[target_of(engines)])
+            if not _is_there(partial, repository):
+                with versions.replacing(repository):
+                    shutil.rmtree(repository, ignore_errors=True)
+                    partial.rename(repository)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
     return content
+
+
+def _is_there(partial: Path, repository: Path) -> bool:
+    """Whether `repository` holds the same already, undamaged: then it stays, served or not, so that a container that
+    assembles at every start finds nothing to do."""
+    there = repository / MANIFEST
+    if not there.is_file() or there.read_bytes() != (partial / MANIFEST).read_bytes():
+        return False
+    try:
+        verify(repository)
+    except ManifestError:
+        return False
+    return True
 
 
 def target_of(engines: Engines | None) -> str:
@@ -110,6 +153,7 @@ def _write_repository(
         if name in manifest["files"]:
             shutil.copyfile(artefacts / name, repository / name)
     if engines:
+        _write_guard(configs, manifest, artefacts, repository)
         content |= {"precision": engines.precision, "tensorrt": engines.trt.__version__, "gpu": engines.gpu}
         _bound(content, repository)
     check_assembled(repository, content)
@@ -129,12 +173,31 @@ def _write_stage(
         else:
             shutil.copyfile(gpu_file(artefacts, manifest, "model.dali"), folder / VERSION / "model.dali")
     fill(config, stage, manifest["precision"])
+    _write_warmup(config, config.name, manifest, artefacts, folder)
+    _write(config, folder / CONFIG)
+
+
+def _write_guard(configs: Path, manifest: dict, artefacts: Path, repository: Path) -> None:
+    """The model that no artefact is of: its program is this package's."""
+    config, folder = check(configs / GUARD.name / CONFIG, "gpu"), repository / GUARD.name
+    for name in GUARD_MODULES:
+        copy = folder / VERSION / "scaphoid" / name
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(PACKAGE / name, copy)
+    shutil.copyfile(configs / GUARD.name / "model.py", folder / VERSION / "model.py")
+    # Triton's Python ignores PYTHONDONTWRITEBYTECODE: a file where it would put compiled code, which no manifest lists
+    (folder / VERSION / "__pycache__").touch()
+    _write_warmup(config, "preprocess", manifest, artefacts, folder)
+    _write(config, folder / CONFIG)
+
+
+def _write_warmup(config: ModelConfig, stage: str, manifest: dict, artefacts: Path, folder: Path) -> None:
+    """The samples that the configuration names, those of the artefacts' `stage`, and their sizes in it."""
     for name in {name for warmup in config.model_warmup for name in warmup.inputs}:
-        sample = gpu_file(artefacts, manifest, f"{WARMUP}/{config.name}/{name}")
+        sample = gpu_file(artefacts, manifest, f"{WARMUP}/{stage}/{name}")
         (folder / WARMUP).mkdir(exist_ok=True)
         shutil.copyfile(sample, folder / WARMUP / name)
     fill_warmup(config, folder / WARMUP)
-    _write(config, folder / CONFIG)
 
 
 def gpu_file(artefacts: Path, manifest: dict, name: str) -> Path:
@@ -163,13 +226,13 @@ def _write_flow(config: ModelConfig, manifest: dict, repository: Path) -> None:
 
 def _bound(content: Mapping, repository: Path) -> None:
     """Write what bounds the images in flight, and the server's flags that make it so."""
-    preprocess = check(repository / "preprocess" / CONFIG, "gpu")
+    first = check(repository / FIRST["gpu"] / CONFIG, "gpu")
     for flow in content["flows"]:
         config = check(repository / flow / CONFIG, "gpu")
-        config.ensemble_scheduling.max_inflight_requests = step_limit(preprocess)
+        config.ensemble_scheduling.max_inflight_requests = step_limit(first)
         (repository / flow / BOUNDED).parent.mkdir()
         _write(config, repository / flow / BOUNDED)
-    flags = server_flags(content["flows"], content["stages"], preprocess)
+    flags = server_flags(content["flows"], content["stages"], first)
     (repository / SERVER_FLAGS).write_text("".join(f"{flag}\n" for flag in flags))
 
 

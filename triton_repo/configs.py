@@ -1,24 +1,48 @@
 """Reads the static `config.pbtxt` files and holds each against its contract or flow; rules.py knows the rest.
 
 The wiring of an ensemble exists once, in trainer/flows.py; its `config.pbtxt` repeats it in Triton's words, so it is
-checked here: by a test for the files in the tree, and by assemble.py for every repository that it writes.
+checked here: by a test for the files in the tree, and by assemble.py for every repository that it writes. What a target
+has besides is said here alone: on a GPU a guard before everything else.
 """
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from google.protobuf import text_format
 from tritonclient.grpc.model_config_pb2 import DataType, ModelConfig
 
-from scaphoid.trainer.contracts import STAGES, Stage, Tensor
-from scaphoid.trainer.flows import FLOWS, Flow
+from scaphoid.trainer.contracts import ENCODED, Stage, Tensor
+from scaphoid.trainer.flows import FLOWS, Flow, Step
 
 # What carries each kind of stage: backend and, where Triton wants it said too, platform.
 _SHARED = {"preprocess": ("dali", ""), "glue": ("pytorch", "pytorch_libtorch")}
 TARGETS = {
     "cpu": {**_SHARED, "encoder": ("openvino", "")},
-    "gpu": {**_SHARED, "encoder": ("tensorrt", "tensorrt_plan")},
+    "gpu": {**_SHARED, "encoder": ("tensorrt", "tensorrt_plan"), "guard": ("python", "")},
 }
+# The vendor's DALI backend looks at no image before it decodes a batch, and fails it as a whole; the CPU's stand-in has
+# the guard inside. So on a GPU nothing comes to `preprocess` but what a step before it let pass.
+GUARD = Stage("guard", "guard", (ENCODED,), (ENCODED,))
+GUARDED = "guarded"  # the tensor between the two
+
+
+def guarded(flow: Flow) -> Flow:
+    """`flow` as a GPU's ensemble has it: `encoded` goes to the guard, and what passes to the step that took it."""
+    wire = {ENCODED.name: GUARDED}
+    steps = (
+        replace(step, inputs={tensor: wire.get(name, name) for tensor, name in step.inputs.items()})
+        for step in flow.steps
+    )
+    return replace(flow, steps=(Step(GUARD.name, GUARD, {ENCODED.name: ENCODED.name}, wire), *steps))
+
+
+ENSEMBLES = {"cpu": FLOWS, "gpu": {name: guarded(flow) for name, flow in FLOWS.items()}}
+MODELS = {
+    target: {step.stage.name: step.stage for flow in flows.values() for step in flow.steps}
+    for target, flows in ENSEMBLES.items()
+}  # every model of a target that is no ensemble
+FIRST = {target: next(iter(models)) for target, models in MODELS.items()}  # where every request goes first
 CONFIG = "config.pbtxt"
 PRECISION = "INFERENCE_PRECISION_HINT"
 WEIGHTS = "weights"  # parameter of an assembled flow: which weights it runs on
@@ -43,10 +67,10 @@ def check(path: Path, target: str = "cpu") -> ModelConfig:
     in the repository for `target`. Raises ConfigError."""
     config, name = read(path), path.parent.name
     expect(path, "name", config.name, name)
-    if name in STAGES:
-        _check_stage(path, config, STAGES[name], target)
-    elif name in FLOWS:
-        _check_flow(path, config, FLOWS[name])
+    if name in MODELS[target]:
+        _check_stage(path, config, MODELS[target][name], target)
+    elif name in ENSEMBLES[target]:
+        _check_flow(path, config, ENSEMBLES[target][name])
     else:
         raise ConfigError(f"{path}: no stage and no flow is called {name}")
     return config

@@ -12,9 +12,19 @@ from tritonclient.utils import triton_to_np_dtype
 
 from scaphoid.export.artefacts import WARMUP
 from scaphoid.export.tensorrt_engines.build_engines import BATCHES
-from scaphoid.trainer.contracts import ENCODED, STAGES
+from scaphoid.trainer.contracts import ENCODED
 from scaphoid.trainer.flows import FLOWS, Flow
-from scaphoid.triton_repo.configs import CONFIG, TARGETS, ConfigError, check, expect, read
+from scaphoid.triton_repo.configs import (
+    CONFIG,
+    ENSEMBLES,
+    FIRST,
+    MODELS,
+    TARGETS,
+    ConfigError,
+    check,
+    expect,
+    read,
+)
 from scaphoid.triton_repo.memory import BOUNDED, SERVER_FLAGS, server_flags, step_limit
 
 INTERACTIVE, BATCH = 1, 2  # priority of a request: a person waits for it, or a program
@@ -23,10 +33,18 @@ LONGEST_WAIT_S = 30  # in the first step's queue
 Rule = Callable[[Path, ModelConfig], None]
 
 
+def kind_of(config: ModelConfig) -> str:
+    """Of a model's stage; empty for an ensemble."""
+    stage = MODELS["gpu"].get(config.name)  # all there are: a CPU has no other ones
+    return stage.kind if stage else ""
+
+
 def names_no_kind(path: Path, config: ModelConfig) -> None:
-    """KIND_GPU refuses to load without a GPU, and KIND_CPU keeps a model from the GPU that is there."""
+    """KIND_GPU refuses to load without a GPU, and KIND_CPU keeps a model from the GPU that is there: right for the
+    guard alone, which has no use for it."""
+    expected = ModelInstanceGroup.KIND_CPU if kind_of(config) == "guard" else ModelInstanceGroup.KIND_AUTO
     for group in config.instance_group:
-        expect(path, "kind of an instance_group", group.kind, ModelInstanceGroup.KIND_AUTO)
+        expect(path, "kind of an instance_group", group.kind, expected)
         expect(path, "gpus of an instance_group", list(group.gpus), [])
 
 
@@ -37,22 +55,31 @@ def takes_one_image(path: Path, config: ModelConfig) -> None:
 
 
 def batches(path: Path, config: ModelConfig) -> None:
-    """Requests batch, and those of the first step whatever the length of their files."""
-    if config.name in STAGES:
+    """Requests batch, and encoded images whatever their length."""
+    if kind_of(config):
         expect(path, "dynamic_batching given", config.HasField("dynamic_batching"), True)
     for tensor in config.input:
         expect(path, f"allow_ragged_batch of {tensor.name}", tensor.allow_ragged_batch, tensor.name == ENCODED.name)
 
 
-def limits_the_first_step_alone(path: Path, config: ModelConfig) -> None:
+def limits_the_guard_alone(path: Path, config: ModelConfig) -> None:
     """What is rejected later wastes the work done before."""
-    if config.name not in STAGES:
+    _limits_alone(FIRST["gpu"], path, config)
+
+
+def limits_preprocess_alone(path: Path, config: ModelConfig) -> None:
+    """Likewise, where the guard is inside of it."""
+    _limits_alone(FIRST["cpu"], path, config)
+
+
+def _limits_alone(name: str, path: Path, config: ModelConfig) -> None:
+    if not kind_of(config):
         return
     batching = config.dynamic_batching
     levels = range(1, batching.priority_levels + 1)
     policies = [batching.priority_queue_policy[level] for level in levels if level in batching.priority_queue_policy]
     policies = policies if len(policies) == len(levels) > 0 else [batching.default_queue_policy]
-    first = STAGES[config.name].kind == "preprocess"
+    first = config.name == name
     for policy in policies:
         expect(path, "queue limited", policy.max_queue_size > 0, first)
         wait = policy.default_timeout_microseconds
@@ -61,7 +88,7 @@ def limits_the_first_step_alone(path: Path, config: ModelConfig) -> None:
 
 def runs_glue_plainly(path: Path, config: ModelConfig) -> None:
     """TorchScript's profiling executor compiles anew during its first runs."""
-    if config.name in STAGES and STAGES[config.name].kind == "glue":
+    if kind_of(config) == "glue":
         found = config.parameters["DISABLE_OPTIMIZED_EXECUTION"].string_value
         expect(path, "DISABLE_OPTIMIZED_EXECUTION", found, "true")
 
@@ -79,7 +106,7 @@ def warms_no_ensemble(path: Path, config: ModelConfig) -> None:
 
 def warms_every_member(path: Path, config: ModelConfig) -> None:
     """From a sample of every input; the largest batch is among them, for it needs the most memory."""
-    if config.name not in STAGES:
+    if not kind_of(config):
         return
     sizes = [warmup.batch_size for warmup in config.model_warmup]
     expect(path, "largest batch_size of model_warmup", max(sizes, default=0), config.max_batch_size)
@@ -96,11 +123,11 @@ def warms_every_member(path: Path, config: ModelConfig) -> None:
 
 def ranks_requests(path: Path, config: ModelConfig) -> None:
     """In every queue, for the long one is not the first step's. A request that names no priority is interactive."""
-    if config.name in STAGES:
+    if kind_of(config):
         batching = config.dynamic_batching
         expect(path, "priority_levels", batching.priority_levels, BATCH)
         expect(path, "default_priority_level", batching.default_priority_level, INTERACTIVE)
-        if STAGES[config.name].kind == "preprocess":
+        if config.name == FIRST["gpu"]:
             policies = batching.priority_queue_policy
             expect(path, "levels of priority_queue_policy", sorted(policies), [INTERACTIVE, BATCH])
             expect(path, "allow_timeout_override", {p.allow_timeout_override for p in policies.values()}, {True})
@@ -108,7 +135,7 @@ def ranks_requests(path: Path, config: ModelConfig) -> None:
 
 def fits_the_engine(path: Path, config: ModelConfig) -> None:
     """The engine's only profile, its largest batch, and CUDA graphs inside both."""
-    if config.name not in STAGES or STAGES[config.name].kind != "encoder":
+    if kind_of(config) != "encoder":
         return
     expect(path, "max_batch_size", config.max_batch_size, BATCHES[-1])
     expect(path, "profile", [list(group.profile) for group in config.instance_group], [["0"]])
@@ -128,25 +155,27 @@ EVERYWHERE: tuple[Rule, ...] = (
     names_no_kind,
     takes_one_image,
     batches,
-    limits_the_first_step_alone,
     runs_glue_plainly,
     caches_no_response,
     warms_no_ensemble,
 )
-RULES = {"cpu": EVERYWHERE, "gpu": (*EVERYWHERE, warms_every_member, ranks_requests, fits_the_engine)}
+RULES = {
+    "cpu": (*EVERYWHERE, limits_preprocess_alone),
+    "gpu": (*EVERYWHERE, limits_the_guard_alone, warms_every_member, ranks_requests, fits_the_engine),
+}
 
 
 def check_repository(folder: Path, target: str, flows: Iterable[str] = tuple(FLOWS)) -> dict[str, ModelConfig]:
     """The configurations of `flows` and all their models, by name, after each was held against the contracts, the flow
     table and the rules for `target`. Raises ConfigError for the first that disagrees."""
-    flows = tuple(flows)
-    stages = dict.fromkeys(stage for flow in flows for stage in FLOWS[flow].stages)
-    configs = {name: check(folder / name / CONFIG, target) for name in (*stages, *flows)}
+    ensembles = [ENSEMBLES[target][flow] for flow in flows]
+    names = dict.fromkeys(name for flow in ensembles for name in (*flow.stages, flow.name))
+    configs = {name: check(folder / name / CONFIG, target) for name in names}
     for name, config in configs.items():
         for rule in RULES[target]:
             rule(folder / name / CONFIG, config)
-    for flow in flows:
-        fits_together(folder, FLOWS[flow], configs)
+    for flow in ensembles:
+        fits_together(folder, flow, configs)
     return configs
 
 
@@ -170,17 +199,15 @@ def check_assembled(repository: Path, manifest: Mapping) -> None:
     configs = check_repository(repository, target, flows)
     for name, config in configs.items():
         path = repository / name / CONFIG
-        for tensor in (*config.input, *config.output) if name in STAGES else ():
+        for tensor in (*config.input, *config.output) if kind_of(config) else ():
             expect(path, f"open dims of {tensor.name}", -1 in tensor.dims, tensor.name == ENCODED.name)
         _warmup_files(path, config)
     if target == "gpu":
-        limit = step_limit(configs["preprocess"])
+        first = configs[FIRST[target]]
         for flow in flows:
-            _bounds(repository / flow / BOUNDED, configs[flow], limit)
+            _bounds(repository / flow / BOUNDED, configs[flow], step_limit(first))
         flags = (repository / SERVER_FLAGS).read_text().splitlines()
-        expect(
-            repository / SERVER_FLAGS, "flags", flags, server_flags(flows, manifest["stages"], configs["preprocess"])
-        )
+        expect(repository / SERVER_FLAGS, "flags", flags, server_flags(flows, manifest["stages"], first))
 
 
 def _warmup_files(path: Path, config: ModelConfig) -> None:

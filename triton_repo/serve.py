@@ -17,7 +17,7 @@ from pathlib import Path
 import tyro
 
 from scaphoid.export.artefacts import ManifestError, accepted, read_manifest
-from scaphoid.export.precision import effective_precision
+from scaphoid.export.precision import fallback
 from scaphoid.trainer.flows import FLOWS
 from scaphoid.triton_repo.certificates import CertificateError
 from scaphoid.triton_repo.monitoring import drift_command
@@ -42,7 +42,7 @@ class Arguments:
     flows: tuple[str, ...] = ()
     """Flows to load, by default all of the repository's: msfm, msfm_fma, kalm (commas or spaces between)."""
     host: str = "127.0.0.1"
-    """Address to listen on. Anything but loopback is for the vendor's container alone."""
+    """Address to listen on, of IPv4 or IPv6, or a name. Anything but loopback is for the vendor's container alone."""
     tls: Path | None = None
     """Folder with the certificates of scaphoid.triton_repo.certificates: gRPC encrypted, for clients with one of their
     own; HTTP then stays on loopback."""
@@ -96,9 +96,8 @@ def serve(arguments: Arguments, flows: tuple[str, ...], tell: Report) -> None:
         if line := accepted(manifest):
             tell(line, event="accepted", level="warning")
         wanted = manifest["precision"]
-        if not in_container() and (real := effective_precision(wanted)) != wanted:
-            line = f"the engines were exported for {wanted}, which this CPU does not have: they run in {real}"
-            tell(line, event="precision", level="warning")
+        if not in_container() and (line := fallback(wanted)):
+            tell(f"the engines were {line}", event="precision", level="warning")
         tell(
             f"ready after {server.start_s:.1f} s: {', '.join(server.flows)} at grpc {server.grpc_url}, "
             f"http http://{server.http_url}, metrics http://{server.metrics_url}/metrics; "

@@ -2,6 +2,7 @@
 
 import io
 import struct
+import sys
 import tracemalloc
 import zlib
 
@@ -113,6 +114,8 @@ BAD = {
     "tiff bilevel": (encode(GREY > 99, "TIFF"), "bits"),
     "pgm cut": (GOOD["pgm"][:-1], "truncated"),
     "pgm header alone": (b"P5\n61 47", "truncated"),
+    "pgm of comments": (b"P5\n" + b"#\n" * 5_000_000, "65,536 bytes of comments"),
+    "pgm of blanks and a cut number": (b"P5" + b" " * (2**16 - 4) + b"61 47\n255\n" + bytes(61 * 47), "of comments"),
     "pgm of 12 bits": (b"P5\n61 47\n4095\n" + bytes(61 * 47 * 2), "4095"),
     "pgm negative": (b"P5\n-61 47\n255\n", "PGM header"),
     "pgm bomb": (b"P5\n99999 99999\n255\n", "too large"),
@@ -126,6 +129,51 @@ def test_bad_image_is_rejected_in_one_line(name):
         check_encoded(data)
     assert "\n" not in caught.value.reason
     assert caught.value.reason == str(caught.value)
+
+
+def tiff(*tags: tuple[int, int, int, int], body: bytes = b"") -> bytes:
+    """Of tag, type, count, and value or offset."""
+    directory = struct.pack("<H", len(tags)) + b"".join(struct.pack("<HHII", *tag) for tag in tags) + bytes(4)
+    return b"II*\0" + struct.pack("<I", 8) + directory + body
+
+
+HOSTILE = {
+    "pgm of comments": b"P5\n" + b"#\n" * 1_000_000,
+    "jpeg of empty segments": b"\xff\xd8" + b"\xff\xe0\0\2" * 400_000,
+    "tiff whose entries all have the whole file": tiff(*[(1000, 1, 900_000, 8)] * 30_000, body=bytes(900_000)),
+    "tiff that says one thing often": tiff(*[(273, 1, 900_000, 8)] * 30_000, body=bytes(900_000)),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_reading_a_hostile_file_takes_no_more_than_its_bytes_allow(name):
+    """Each took minutes, or gigabytes: the interpreter's steps are counted here, not the time."""
+    steps = 0
+
+    def count(frame, event, argument):
+        nonlocal steps
+        steps += event == "line"
+        return count
+
+    tracemalloc.start()
+    sys.settrace(count)
+    try:
+        with pytest.raises(RejectedImage):
+            check_encoded(HOSTILE[name])
+    finally:
+        sys.settrace(None)
+    assert tracemalloc.get_traced_memory()[1] < 32_000_000
+    tracemalloc.stop()
+    assert steps < 1_000_000
+
+
+def test_a_png_has_no_endless_chunks(monkeypatch):
+    chunks = GOOD["png"][:33] + png_chunk(b"tEXt", b"") * 97 + GOOD["png"][33:]  # header, pixels, end
+    monkeypatch.setattr(guard, "_PNG_CHUNKS", 100)
+    check_encoded(chunks)
+    monkeypatch.setattr(guard, "_PNG_CHUNKS", 99)
+    with pytest.raises(RejectedImage, match="a PNG of more than 99 chunks"):
+        check_encoded(chunks)
 
 
 def test_the_pixel_cap_is_exact():

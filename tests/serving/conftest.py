@@ -18,6 +18,7 @@ from tritonclient.grpc.model_config_pb2 import ModelConfig, ModelParameter
 from tritonclient.utils import InferenceServerException
 
 from scaphoid.trainer.flows import FLOWS
+from scaphoid.triton_repo.client import Client, Outputs
 from scaphoid.triton_repo.supervisor.canary import IMAGE as CANARY
 
 DIMS = {"box": (4,), "main_box": (4,), "window_boxes": (7, 4), "window_scores": (7,)}
@@ -142,6 +143,23 @@ def fake_server() -> Iterator[FakeServer]:
     server.start()
     yield server
     server.stop()
+
+
+@pytest.fixture
+def ask() -> Callable[..., Outputs]:
+    """ask(server, encoded=..., flow="msfm", **settings): what a client with these settings is answered."""
+
+    def infer(server: FakeServer, encoded: bytes = b"bytes of an image", flow: str = "msfm", **settings) -> Outputs:
+        with Client(server.url, flow, **settings) as client:
+            return client.infer(encoded)
+
+    return infer
+
+
+@pytest.fixture
+def pixels() -> Callable[[int], np.ndarray]:
+    """pixels(seed): uint8 [47, 61]."""
+    return lambda seed: np.random.default_rng(seed).integers(0, 256, (47, 61), dtype=np.uint8)
 
 
 @pytest.fixture

@@ -1,9 +1,12 @@
 import json
 import math
 import shutil
+import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
+import numpy
 import pytest
 
 from scaphoid.export.artefacts import (
@@ -21,7 +24,7 @@ from scaphoid.export.tensorrt_engines.build_engines import build_all, make_jobs,
 from scaphoid.export.tensorrt_engines.load_engines import EngineError
 from scaphoid.trainer.contracts import STAGES
 from scaphoid.trainer.flows import FLOWS
-from scaphoid.triton_repo.assemble import CONFIGS, Engines, assemble, main
+from scaphoid.triton_repo.assemble import CONFIGS, GUARD_MODULES, PACKAGE, Engines, assemble, main
 from scaphoid.triton_repo.configs import ACCEPTED, CONFIG, TRAINED_ON_PHANTOMS, WEIGHTS, ConfigError, check, read
 from scaphoid.triton_repo.memory import BOUNDED, SERVER_FLAGS
 from scaphoid.triton_repo.rules import check_assembled
@@ -233,6 +236,7 @@ def test_a_repository_for_a_gpu(gpu_artefacts, tmp_path):
     assemble(gpu_artefacts, repository, build(gpu_artefacts, tmp_path / "engines"))
     manifest = verify(repository)
     assert (manifest["target"], manifest["gpu"], manifest["tensorrt"]) == ("gpu", GPU, "10.13.0")
+    assert (repository / "guard" / "1" / "model.py").is_file()
     for name, stage in STAGES.items():
         (file,) = (repository / name / "1").iterdir()
         expected = {"preprocess": ("model.dali", "the pipeline of a GPU"), "encoder": ("model.plan", name)}
@@ -240,8 +244,9 @@ def test_a_repository_for_a_gpu(gpu_artefacts, tmp_path):
     encoder = check(repository / "encoder" / CONFIG, "gpu")
     assert {tuple(spec.input["image"].dim) for spec in encoder.optimization.cuda.graph_spec} == {(1, 230, 230)}
     assert {tuple(warmup.inputs["image"].dims) for warmup in encoder.model_warmup} == {(1, 230, 230)}
-    preprocess = check(repository / "preprocess" / CONFIG, "gpu")
-    assert list(preprocess.model_warmup[0].inputs["encoded"].dims) == [33]
+    for name in ("guard", "preprocess"):
+        config = check(repository / name / CONFIG, "gpu")
+        assert list(config.model_warmup[0].inputs["encoded"].dims) == [33]
     for flow in FLOWS:
         bounded = read(repository / flow / BOUNDED)
         limit = bounded.ensemble_scheduling.max_inflight_requests
@@ -249,6 +254,50 @@ def test_a_repository_for_a_gpu(gpu_artefacts, tmp_path):
         bounded.ensemble_scheduling.ClearField("max_inflight_requests")
         assert bounded == read(repository / flow / CONFIG)
     assert "--cuda-memory-pool-byte-size=0:" in (repository / SERVER_FLAGS).read_text()
+
+
+GUARD_ALONE = """
+import sys
+sys.dont_write_bytecode = True
+sys.path += sys.argv[1:]  # numpy, as the vendor's image has it; site-packages are left out by -S
+import types
+backend = types.ModuleType("triton_python_backend_utils")
+sys.modules["triton_python_backend_utils"] = backend
+exec(open(sys.argv[1] + "/model.py").read(), {"__file__": sys.argv[1] + "/model.py", "__name__": "1.model"})
+from scaphoid.trainer.data.guard import RejectedImage, check_encoded
+try:
+    check_encoded(b"a radiograph, honestly")
+except RejectedImage as rejected:
+    print(rejected.reason)
+ours = {name: module.__file__ for name, module in sys.modules.items() if name.startswith("scaphoid.")}
+print(*sorted(ours))
+assert all(path.startswith(sys.argv[1]) for path in ours.values()), ours
+assert not hasattr(sys.modules["PIL"], "__file__")
+"""
+
+
+def test_the_guard_is_the_packages_and_needs_nothing_but_numpy(gpu_artefacts, tmp_path):
+    """Byte for byte, in the manifest, and complete: it runs where neither this package nor Pillow is."""
+    repository = tmp_path / "repository"
+    assemble(gpu_artefacts, repository, build(gpu_artefacts, tmp_path / "engines"))
+    files = verify(repository)["files"]
+    folder = repository / "guard" / "1"
+    for name in GUARD_MODULES:
+        assert (folder / "scaphoid" / name).read_bytes() == (PACKAGE / name).read_bytes()
+        assert f"guard/1/scaphoid/{name}" in files
+    assert "guard/1/model.py" in files
+    assert len(list(folder.rglob("*.py"))) == len(GUARD_MODULES) + 1
+    numpy_alone = tmp_path / "numpy_alone"
+    numpy_alone.mkdir()
+    for path in Path(numpy.__file__).parents[1].glob("numpy*"):
+        (numpy_alone / path.name).symlink_to(path)
+    command = [sys.executable, "-I", "-S", "-c", GUARD_ALONE, str(folder), str(numpy_alone)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    reason, modules = done.stdout.splitlines()
+    assert reason.startswith("not an image")
+    modules_of = {name.removesuffix(".py").removesuffix("/__init__").replace("/", ".") for name in GUARD_MODULES}
+    assert set(modules.split()) == {f"scaphoid.{name}" for name in modules_of}
+    verify(repository)
 
 
 def test_the_wheel_serves_no_repository_for_a_gpu(gpu_artefacts, tmp_path):

@@ -8,19 +8,23 @@ from scaphoid.trainer.flows import FLOWS
 from scaphoid.triton_repo.assemble import CONFIGS
 from scaphoid.triton_repo.configs import CONFIG, TARGETS, ConfigError, check, read
 
-NAMES = sorted({*STAGES, *FLOWS})
+NAMES = {"cpu": sorted({*STAGES, *FLOWS}), "gpu": sorted({*STAGES, *FLOWS, "guard"})}
 CPU = CONFIGS["cpu"]
 
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_there_is_one_config_for_every_stage_and_flow(target):
-    assert sorted(path.parent.name for path in CONFIGS[target].glob(f"*/{CONFIG}")) == NAMES
+    assert sorted(path.parent.name for path in CONFIGS[target].glob(f"*/{CONFIG}")) == NAMES[target]
 
 
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("target", "name"), [(target, name) for target in TARGETS for name in NAMES[target]])
 def test_config_agrees_with_contracts_and_flows(target, name):
     check(CONFIGS[target] / name / CONFIG, target)
+
+
+def test_a_guard_is_on_a_gpu_alone():
+    with pytest.raises(ConfigError, match="no stage and no flow is called guard"):
+        check(CONFIGS["gpu"] / "guard" / CONFIG, "cpu")
 
 
 def test_an_encoder_is_another_on_a_gpu():

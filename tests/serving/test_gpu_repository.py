@@ -1,12 +1,14 @@
 """The GPU repository in the real server core, without a GPU.
 
 Backends that need one have stand-ins (stand_ins/): `tensorrt` runs the ONNX from which an engine would be built, `dali`
-the CPU twin of the GPU's pipeline. Everything else is what is shipped, byte for byte. What the core, the answers and
-the manifests find wrong is found here by mistakes that are made on purpose.
+the CPU twin of the GPU's pipeline. Everything else is what is shipped, byte for byte, and the guard runs in the Python
+backend that it is shipped for. What the core, the answers and the manifests find wrong is found here by mistakes that
+are made on purpose.
 """
 
 import asyncio
 import contextlib
+import functools
 import io
 import os
 import re
@@ -15,8 +17,8 @@ import struct
 import threading
 import time
 import zlib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -30,7 +32,7 @@ from tritonclient.utils import InferenceServerException
 from scaphoid.export.artefacts import verify
 from scaphoid.export.tensorrt_engines.build_engines import build_all, make_jobs
 from scaphoid.trainer.contracts import STAGES
-from scaphoid.trainer.data.guard import check_encoded
+from scaphoid.trainer.data.guard import RejectedImage, check_encoded
 from scaphoid.trainer.flows import FLOWS
 from scaphoid.triton_repo.assemble import Engines, assemble
 from scaphoid.triton_repo.configs import CONFIG, read
@@ -91,13 +93,32 @@ def repository(artefacts) -> Path:
 
 @dataclass
 class Server:
+    """`refused` are what the backends say of every request that they refuse."""
+
     api: TritonApi
     url: str
+    refused: list[dict] = field(default_factory=list)
 
     def ask(self, flow: str, encoded: bytes, priority: int = 0) -> Answers:
         with tritonclient.grpc.InferenceServerClient(self.url) as client:
             result = client.infer(flow, inputs(encoded), priority=priority)
         return {name: result.as_numpy(name) for name in FLOWS[flow].outputs}
+
+    def ask_at_once(self, flow: str, files: Sequence[bytes]) -> list[Answers | InferenceServerException]:
+        """Each file's answer, or why there is none, to requests of which nothing is sent twice. A request's id is its
+        place."""
+        answers, done = [None] * len(files), threading.Semaphore(0)
+        with tritonclient.grpc.InferenceServerClient(self.url) as client:
+
+            def keep(place: int, result, error) -> None:
+                answers[place] = error or {name: result.as_numpy(name) for name in FLOWS[flow].outputs}
+                done.release()
+
+            for place, file in enumerate(files):
+                given = inputs(file)
+                client.async_infer(flow, given, callback=functools.partial(keep, place), request_id=f"place-{place}")
+            assert all(done.acquire(timeout=60) for _ in files)
+        return answers
 
 
 def inputs(encoded: bytes) -> list:
@@ -122,10 +143,9 @@ def serving(repository: Path, folder: Path, stand_ins: Path | None = None) -> It
         f"--backend-config=python,shm-region-prefix-name={prefix}",
     ]
     command = [str(found.binary), *found.options, f"--model-repository={repository}", *options]
-    process, api = (
-        TritonProcess(command, {**found.environment, "OMP_NUM_THREADS": "1"}, prefix),
-        TritonApi("127.0.0.1", http),
-    )
+    environment = {**found.environment, "OMP_NUM_THREADS": "1"}
+    server = Server(TritonApi("127.0.0.1", http), f"127.0.0.1:{grpc}")
+    process, api = TritonProcess(command, environment, prefix, server.refused.append), server.api
     try:
         process.launch()
         deadline, waiting = time.monotonic() + START_TIMEOUT_S, list(FLOWS)
@@ -137,7 +157,7 @@ def serving(repository: Path, folder: Path, stand_ins: Path | None = None) -> It
                     canary(api, waiting.pop(0))
                     continue
             time.sleep(0.2)
-        yield Server(api, f"127.0.0.1:{grpc}")
+        yield server
     finally:
         process.end()
 
@@ -224,44 +244,76 @@ def test_glue_names_no_device(repository):
 
 def test_requests_of_different_lengths_batch(server, images, cpu_answers):
     before = executions(server, "preprocess")
-    answers = [None] * 24
-    with tritonclient.grpc.InferenceServerClient(server.url) as client:
-        done = threading.Semaphore(0)
-
-        def keep(place, result, error):
-            answers[place] = error or result
-            done.release()
-
-        for place in range(len(answers)):
-            image = images[place % len(images)]
-            client.async_infer(
-                "kalm", inputs(image), callback=lambda result, error, place=place: keep(place, result, error)
-            )
-        assert all(done.acquire(timeout=30) for _ in answers)
-    for place, result in enumerate(answers):
-        found = {name: result.as_numpy(name) for name in FLOWS["kalm"].outputs}
+    answers = server.ask_at_once("kalm", images * 8)
+    for place, found in enumerate(answers):
         assert differences(found, cpu_answers["kalm"][place % len(images)]) == []
     assert executions(server, "preprocess") - before < len(answers)
 
 
-def test_a_full_queue_rejects_and_loses_no_request_that_it_took(server, images, cpu_answers):
-    answers, done = [], threading.Semaphore(0)
-    with tritonclient.grpc.InferenceServerClient(server.url) as client:
+def bad_images(png: bytes) -> dict[str, bytes]:
+    """What the guard refuses, each in another way."""
+    flipped = bytearray(png)
+    flipped[len(png) // 2] ^= 1
+    return {
+        "cut": png[:-40],
+        "a flipped bit": bytes(flipped),
+        "zero bytes": bytes(500),
+        "text": b"a radiograph, honestly",
+        "DICOM": bytes(128) + b"DICM" + bytes(100),
+        "bomb": b"P5\n99999 99999\n255\n" + bytes(100),
+    }
 
-        def keep(result, error):
-            answers.append(error or result)
-            done.release()
 
-        for _ in range(160):  # the queue of one priority takes 32
-            client.async_infer("kalm", inputs(images[0]), callback=keep)
-        assert all(done.acquire(timeout=60) for _ in range(160))
+def test_a_bad_image_fails_alone_and_those_beside_it_are_answered_at_once(server, images, cpu_answers):
+    """In one batch of DALI's they would fail together, and nothing is sent a second time here."""
+    bad = bad_images(images[0])
+    files = [file for each in bad.values() for file in (*images, each)] + images
+    places = [place for place, file in enumerate(files) if file in bad.values()]
+    before, server.refused[:] = executions(server, "preprocess"), []
+    answers = server.ask_at_once("kalm", files)
+    for place, name in zip(places, bad, strict=True):
+        with pytest.raises(RejectedImage) as rejected:
+            check_encoded(bad[name])
+        answer = answers[place]
+        assert isinstance(answer, InferenceServerException), name
+        assert str(answer.status()) == "StatusCode.INVALID_ARGUMENT"
+        assert rejected.value.reason in answer.message()
+    good = [answer for place, answer in enumerate(answers) if place not in places]
+    for place, found in enumerate(good):
+        assert differences(found, cpu_answers["kalm"][place % len(images)]) == []
+    assert executions(server, "preprocess") - before < len(good), "they did not batch: nothing was tried"
+    events = [{"request_id": f"place-{place}", "model": "guard", "status": "INVALID_ARGUMENT"} for place in places]
+    deadline = time.monotonic() + 5
+    while len(server.refused) < len(events) and time.monotonic() < deadline:
+        time.sleep(0.05)  # the log is read by a thread
+    assert sorted(server.refused, key=str) == sorted(events, key=str)
+
+
+def test_the_guard_is_asked_by_every_ensemble(server, images):
+    for flow in FLOWS:
+        with pytest.raises(InferenceServerException, match="truncated: the PNG file"):
+            server.ask(flow, images[0][:-40])
+
+
+def slow_to_guard() -> bytes:
+    """A PNG whose alpha channel the guard has to look through: tens of milliseconds."""
+    pixels = np.full((1601, 1599, 4), 255, np.uint8)
+    pixels[..., :3] = (np.add.outer(np.arange(1601), np.arange(1599)) % 256)[..., None]
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "png", compress_level=1)
+    return file.getvalue()
+
+
+def test_a_full_queue_rejects_and_loses_no_request_that_it_took(server):
+    image = slow_to_guard()
+    expected = server.ask("kalm", image)
+    answers = server.ask_at_once("kalm", [image] * 160)  # the queue of one priority takes 32
     refused = [answer for answer in answers if isinstance(answer, InferenceServerException)]
     assert {str(answer.status()) for answer in refused} == {"StatusCode.UNAVAILABLE"}
     assert len(answers) - len(refused) >= 32
-    for result in answers:
-        if result not in refused:
-            found = {name: result.as_numpy(name) for name in FLOWS["kalm"].outputs}
-            assert differences(found, cpu_answers["kalm"][0]) == []
+    for found in answers:
+        if not isinstance(found, InferenceServerException):
+            assert differences(found, expected) == []
 
 
 def executions(server: Server, model: str) -> int:
@@ -330,6 +382,19 @@ def test_a_client_gets_every_good_answer_of_a_batch_that_failed(server, images, 
         assert differences(found, cpu_answers["kalm"][place % len(images)]) == []
 
 
+def test_what_the_guard_cannot_see_takes_those_decoded_with_it_along(server, images):
+    """The limit that is left: only a decoder finds these pixels broken. A client's second try saves the others."""
+    broken = with_broken_pixels(images[0])
+    for _ in range(8):  # until one was in a batch with others
+        answers = server.ask_at_once("kalm", [*images, *images, broken, *images, *images])
+        failed = [place for place, answer in enumerate(answers) if isinstance(answer, InferenceServerException)]
+        assert 6 in failed
+        assert all("cannot be decoded" in answers[place].message() for place in failed)
+        if len(failed) > 1:
+            return
+    pytest.fail("it never met others in a batch")
+
+
 @dataclass(frozen=True)
 class Mistake:
     """A change to `model`'s configuration, and what finds it when `flow` is served: `load`, the core or a backend
@@ -368,11 +433,12 @@ def swap_names(first: str, second: str) -> Callable[[ModelConfig], None]:
     return make
 
 
-def wire(step: int, side: str, **wires: str) -> Callable[[ModelConfig], None]:
-    """Other wires for a step's `input_map` or `output_map`."""
+def wire(written: str, side: str, **wires: str) -> Callable[[ModelConfig], None]:
+    """Other wires for the `input_map` or `output_map` of the step that writes a tensor."""
 
     def make(config: ModelConfig) -> None:
-        names = getattr(config.ensemble_scheduling.step[step], side)
+        (step,) = (each for each in config.ensemble_scheduling.step if written in each.output_map.values())
+        names = getattr(step, side)
         names.clear()
         names.update(wires)
 
@@ -385,7 +451,7 @@ MISTAKES = {
     "wrong dtype of an engine": Mistake("local_encoder", retype("key_image", "TYPE_FP32"), "kalm", "load", "key_image"),
     "missing tensor of a step": Mistake(
         "msfm",
-        wire(3, "output_map", object_box="object_box", object_image="object_image"),
+        wire("object_margin", "output_map", object_box="object_box", object_image="object_image"),
         "msfm",
         "load",
         "poll",  # the core says which tensor in its log alone
@@ -397,19 +463,30 @@ MISTAKES = {
     "wrong dims of an engine": Mistake("global_encoder", resize("image", [1, 161, 160]), "kalm", "load", "image"),
     "swapped maps of the object": Mistake(
         "msfm",
-        wire(4, "output_map", logits="object_logits", class_activation="object_activation"),
+        wire("object_logits", "output_map", logits="object_logits", class_activation="object_activation"),
         "msfm",
         "answer",
         "window_scores",
     ),
     "swapped maps of KALM": Mistake(
         "kalm",
-        wire(1, "output_map", logits="global_logits", class_activation="global_activation"),
+        wire("global_logits", "output_map", logits="global_logits", class_activation="global_activation"),
         "kalm",
         "answer",
         "box",
     ),
-    "another image": Mistake("msfm_fma", wire(3, "input_map", image="image"), "msfm_fma", "answer", "probability"),
+    "another image": Mistake(
+        "msfm_fma", wire("main_logits", "input_map", image="image"), "msfm_fma", "answer", "probability"
+    ),
+    "no guard": Mistake("kalm", lambda config: config.ensemble_scheduling.step.pop(0), "kalm", "load", "poll"),
+    "past the guard": Mistake("kalm", wire("original_size", "input_map", encoded="encoded"), "kalm", "load", "poll"),
+    "wrong dtype of the guard": Mistake(
+        "guard", lambda config: setattr(config.output[0], "data_type", DataType.TYPE_INT8), "kalm", "load", "guarded"
+    ),
+    "wrong dims of the guard": Mistake(
+        "guard", lambda config: config.output[0].dims.append(-1), "kalm", "load", "guarded"
+    ),
+    "a guard without its output": Mistake("guard", lambda config: config.output.pop(), "kalm", "load", "output"),
     "permuted outputs of one shape": Mistake("result", swap_names("box", "main_box"), "msfm", "answer", "box"),
     "permuted outputs": Mistake("key_area_crop", reverse_outputs, "kalm", "request", "key_"),
     "permuted outputs of preprocess": Mistake("preprocess", reverse_outputs, "kalm", "request", "image"),

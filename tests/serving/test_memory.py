@@ -7,7 +7,7 @@ import pytest
 from scaphoid.trainer.contracts import STAGES
 from scaphoid.trainer.flows import FLOWS
 from scaphoid.triton_repo.assemble import CONFIGS
-from scaphoid.triton_repo.configs import CONFIG, read
+from scaphoid.triton_repo.configs import CONFIG, FIRST, GUARDED, read
 from scaphoid.triton_repo.memory import (
     GRANULARITY,
     MIB,
@@ -37,8 +37,8 @@ def described(flow: str) -> dict:
 
 
 @pytest.fixture
-def preprocess():
-    return read(CONFIGS["gpu"] / "preprocess" / CONFIG)
+def first():
+    return read(CONFIGS["gpu"] / FIRST["gpu"] / CONFIG)
 
 
 @pytest.mark.parametrize("flow", sorted(FLOWS))
@@ -51,7 +51,8 @@ def test_every_wire_of_the_ensemble_is_an_edge(flow):
         name for name, edge in found.items() for target in edge.targets if target != "the answer"
     )
     assert {name for name, edge in found.items() if "the answer" in edge.targets} == set(FLOWS[flow].outputs)
-    assert [name for name, edge in found.items() if not edge.on_gpu] == ["original_size"]
+    assert [name for name, edge in found.items() if not edge.on_gpu] == [GUARDED, "original_size"]
+    assert (found[GUARDED].source, found[GUARDED].targets, found[GUARDED].bytes) == ("guard", ("preprocess",), None)
 
 
 def test_bytes_of_an_image():
@@ -60,33 +61,35 @@ def test_bytes_of_an_image():
     assert found["part_images"] == 7 * 224 * 224
     assert found["main_activation"] == 14 * 14 * 4
     assert found["original_size"] == 2 * 4
-    small = sum(-(-size // GRANULARITY) * GRANULARITY for name, size in found.items() if name != "original_size")
+    on_host = {GUARDED, "original_size"}
+    small = sum(-(-size // GRANULARITY) * GRANULARITY for name, size in found.items() if name not in on_host)
     assert bytes_per_image(FLOWS["msfm"], described("msfm")) == small
 
 
-def test_the_pool_holds_all_images_that_the_bounds_let_in(preprocess):
-    capacity = first_step_capacity(preprocess)
-    assert capacity == 32 + 32 + 2 * 8  # both queues, the batch that runs and the one that is formed
-    assert step_limit(preprocess) > capacity  # or a thread of the front end would wait where a request is to be refused
-    assert images_in_flight(FLOWS["kalm"], preprocess) == capacity + 4 * step_limit(preprocess)
-    (pool,) = (pool_bytes([flow], described(flow), preprocess) for flow in ["kalm"])
-    need = images_in_flight(FLOWS["kalm"], preprocess) * bytes_per_image(FLOWS["kalm"], described("kalm"))
+def test_the_pool_holds_all_images_that_the_bounds_let_in(first):
+    capacity = first_step_capacity(first)
+    assert capacity == 32 + 32 + 2 * 2  # both queues, for each instance the image that is read and the next
+    assert step_limit(first) > capacity  # or a thread of the front end would wait where a request is to be refused
+    behind = len(FLOWS["kalm"].steps)  # the guard: every step of the table
+    assert images_in_flight(FLOWS["kalm"], first) == capacity + behind * step_limit(first)
+    pool = pool_bytes(["kalm"], described("kalm"), first)
+    need = images_in_flight(FLOWS["kalm"], first) * bytes_per_image(FLOWS["kalm"], described("kalm"))
     assert pool % MIB == 0
     assert need <= pool < need + MIB
-    assert f"--cuda-memory-pool-byte-size=0:{pool}" in server_flags(["kalm"], described("kalm"), preprocess)
+    assert f"--cuda-memory-pool-byte-size=0:{pool}" in server_flags(["kalm"], described("kalm"), first)
 
 
-def test_twice_the_queue_needs_more_of_the_pool(preprocess):
-    before = pool_bytes(["msfm"], described("msfm"), preprocess)
-    preprocess.dynamic_batching.priority_queue_policy[2].max_queue_size *= 2
-    assert pool_bytes(["msfm"], described("msfm"), preprocess) > before
+def test_twice_the_queue_needs_more_of_the_pool(first):
+    before = pool_bytes(["msfm"], described("msfm"), first)
+    first.dynamic_batching.priority_queue_policy[2].max_queue_size *= 2
+    assert pool_bytes(["msfm"], described("msfm"), first) > before
 
 
-def test_the_page_tells_what_the_functions_compute(preprocess):
+def test_the_page_tells_what_the_functions_compute(first):
     page = (CONFIGS["gpu"] / "README.md").read_text()
     assert table(FLOWS["msfm_fma"], described("msfm_fma")) in page  # has all that msfm has, and one image more
     assert table(FLOWS["kalm"], described("kalm")) in page
-    rows = [summary([flow], described(flow), preprocess).splitlines() for flow in FLOWS]
+    rows = [summary([flow], described(flow), first).splitlines() for flow in FLOWS]
     assert "\n".join([*rows[0][:2], *(row[2] for row in rows)]) in page
     pool = sum(int(re.search(r"([\d,]+) \|$", row[2])[1].replace(",", "")) for row in rows)
     assert f"{pool:,} MiB" in page

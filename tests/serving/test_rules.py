@@ -11,21 +11,44 @@ from scaphoid.trainer.contracts import STAGES
 from scaphoid.trainer.flows import FLOWS
 from scaphoid.triton_repo import rules
 from scaphoid.triton_repo.assemble import CONFIGS
-from scaphoid.triton_repo.configs import CONFIG, TARGETS, ConfigError, read
+from scaphoid.triton_repo.configs import CONFIG, FIRST, GUARDED, TARGETS, ConfigError, guarded, read
 from scaphoid.triton_repo.rules import RULES, check_repository
 
 
 def test_both_repositories_keep_every_rule():
     assert CONFIGS.keys() == TARGETS.keys() == RULES.keys()
     for target, folder in CONFIGS.items():
-        assert check_repository(folder, target).keys() == {*STAGES, *FLOWS}
+        guard = {"guard"} if target == "gpu" else set()
+        assert check_repository(folder, target).keys() == {*STAGES, *FLOWS} | guard
 
 
 @pytest.mark.parametrize("flow", sorted(FLOWS))
-def test_both_repositories_have_the_same_ensembles(flow):
+def test_both_repositories_have_the_same_ensembles_behind_the_guard(flow):
     cpu, gpu = (read(CONFIGS[target] / flow / CONFIG) for target in ("cpu", "gpu"))
     gpu.ClearField("response_cache")  # which it turns off by name
+    guard = gpu.ensemble_scheduling.step.pop(0)
+    assert (guard.model_name, dict(guard.input_map)) == ("guard", {"encoded": "encoded"})
+    for step in gpu.ensemble_scheduling.step:
+        assert "encoded" not in step.input_map.values()  # nothing gets it but the guard
+        for name, wire in step.input_map.items():
+            if wire == guard.output_map["encoded"]:
+                step.input_map[name] = "encoded"
     assert cpu == gpu
+
+
+def test_the_guard_stands_before_everything_that_takes_an_encoded_image():
+    assert FIRST == {"cpu": "preprocess", "gpu": "guard"}
+    for flow in FLOWS.values():
+        first, *others = guarded(flow).steps
+        assert (first.stage.name, [*first.outputs.values()]) == ("guard", [GUARDED])
+        assert [step.name for step in others] == [step.name for step in flow.steps]
+        assert not any("encoded" in step.inputs.values() for step in others)
+        assert flow.steps[0].inputs == {"encoded": "encoded"}  # the table itself is as it was
+
+
+def step_of(config: ModelConfig, model: str):
+    """The first step of an ensemble that runs `model`."""
+    return next(step for step in config.ensemble_scheduling.step if step.model_name == model)
 
 
 def policy(config: ModelConfig, level: int):
@@ -46,6 +69,7 @@ BREAKS = [
         "names_no_kind",
     ),
     ("cpu", "result", lambda c: c.instance_group[0].gpus.append(0), "gpus", "names_no_kind"),
+    ("gpu", "guard", lambda c: c.instance_group[0].ClearField("kind"), "expected 2, got 0", "names_no_kind"),
     ("gpu", "msfm", lambda c: setattr(c, "max_batch_size", 8), "expected 1, got 8", "takes_one_image"),
     (
         "gpu",
@@ -61,35 +85,42 @@ BREAKS = [
         "encoder",
         lambda c: setattr(c.dynamic_batching.default_queue_policy, "max_queue_size", 9),
         "queue limited: expected False",
-        "limits_the_first_step_alone",
+        "limits_preprocess_alone",
     ),
     (
         "gpu",
         "result",
         lambda c: setattr(c.dynamic_batching.default_queue_policy, "default_timeout_microseconds", 9),
         "time-out, at most 30 s: expected False",
-        "limits_the_first_step_alone",
+        "limits_the_guard_alone",
     ),
     (
         "cpu",
         "preprocess",
         lambda c: c.dynamic_batching.ClearField("default_queue_policy"),
         "queue limited: expected True",
-        "limits_the_first_step_alone",
+        "limits_preprocess_alone",
     ),
     (
         "gpu",
         "preprocess",
+        lambda c: setattr(c.dynamic_batching.default_queue_policy, "max_queue_size", 32),
+        "queue limited: expected False",
+        "limits_the_guard_alone",
+    ),
+    (
+        "gpu",
+        "guard",
         lambda c: setattr(policy(c, 2), "max_queue_size", 0),
         "queue limited: expected True",
-        "limits_the_first_step_alone",
+        "limits_the_guard_alone",
     ),
     (
         "gpu",
-        "preprocess",
+        "guard",
         lambda c: setattr(policy(c, 1), "default_timeout_microseconds", 10**9),
         "time-out",
-        "limits_the_first_step_alone",
+        "limits_the_guard_alone",
     ),
     ("gpu", "object_crop", clear("parameters"), "DISABLE_OPTIMIZED_EXECUTION", "runs_glue_plainly"),
     ("gpu", "kalm", lambda c: setattr(c.response_cache, "enable", True), "response_cache", "caches_no_response"),
@@ -125,14 +156,14 @@ BREAKS = [
     ),
     (
         "gpu",
-        "preprocess",
+        "guard",
         lambda c: setattr(c.dynamic_batching, "default_priority_level", 2),
         "default_priority_level",
         "ranks_requests",
     ),
     (
         "gpu",
-        "preprocess",
+        "guard",
         lambda c: setattr(policy(c, 2), "allow_timeout_override", False),
         "allow_timeout_override",
         "ranks_requests",
@@ -192,7 +223,7 @@ def reverse_outputs(config: ModelConfig) -> None:
 
 
 def swap_maps(config: ModelConfig) -> None:
-    wires = config.ensemble_scheduling.step[1].output_map  # of the main stage
+    wires = step_of(config, "encoder").output_map  # of the main stage
     wires["activation"], wires["class_activation"] = wires["class_activation"], wires["activation"]
 
 
@@ -212,10 +243,10 @@ MISTAKES = {
     "missing output": ("encoder", lambda c: c.output.pop(), "output names, in order"),
     "missing wire": (
         "msfm",
-        lambda c: c.ensemble_scheduling.step[3].output_map.pop("object_margin"),
+        lambda c: step_of(c, "object_crop").output_map.pop("object_margin"),
         "output_map of step object_crop",
     ),
-    "missing step": ("kalm", lambda c: c.ensemble_scheduling.step.pop(), "number of steps: expected 5, got 4"),
+    "missing step": ("kalm", lambda c: c.ensemble_scheduling.step.pop(), r"number of steps: expected \d+, got \d+"),
     "missing model": ("suppress", None, "suppress.*No such file"),
     "swapped maps": ("msfm", swap_maps, "output_map of step main"),
     "permuted outputs of an engine": ("encoder", reverse_outputs, "output names, in order"),
@@ -228,10 +259,32 @@ MISTAKES = {
     ),
     "wrong model": (
         "kalm",
-        lambda c: setattr(c.ensemble_scheduling.step[1], "model_name", "encoder"),
+        lambda c: setattr(step_of(c, "global_encoder"), "model_name", "encoder"),
         "model of step global: expected global_encoder, got encoder",
     ),
     "wrong backend": ("encoder", lambda c: setattr(c, "backend", "openvino"), "backend and platform"),
+    "no guard": ("kalm", lambda c: c.ensemble_scheduling.step.pop(0), "number of steps"),
+    "past the guard": (
+        "msfm_fma",
+        lambda c: step_of(c, "preprocess").input_map.update({"encoded": "encoded"}),
+        "input_map of step preprocess: expected {'encoded': 'guarded'}, got {'encoded': 'encoded'}",
+    ),
+    "a guard that is fed by itself": (
+        "msfm",
+        lambda c: step_of(c, "guard").input_map.update({"encoded": "guarded"}),
+        "input_map of step guard",
+    ),
+    "a guard of another backend": ("guard", lambda c: setattr(c, "backend", "dali"), "backend and platform"),
+    "wrong dtype of the guard": (
+        "guard",
+        lambda c: setattr(c.output[0], "data_type", DataType.TYPE_INT8),
+        "data_type of output encoded: expected TYPE_UINT8, got TYPE_INT8",
+    ),
+    "wrong dims of the guard": (
+        "guard",
+        lambda c: c.output[0].dims.append(-1),
+        "dims of output encoded",
+    ),
     "a Python backend": ("suppress", lambda c: setattr(c, "backend", "python"), "backend and platform"),
     "no version": (
         "msfm_fma",

@@ -2,6 +2,9 @@
 
 import json
 import shutil
+import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -24,12 +27,19 @@ from scaphoid.triton_repo.versioning.versions import (
     finish,
     number,
     pinned,
-    verified,
+    scratch,
+    starting,
 )
 
 STAGE = 'name: "key_area_crop" backend: "pytorch" max_batch_size: 8'
 FLOW = """name: "kalm" platform: "ensemble" max_batch_size: 1
 ensemble_scheduling { step { model_name: "key_area_crop" model_version: 1 } }"""
+
+
+def verified(repository: Path) -> dict:
+    """The manifest that a server would start with."""
+    with starting(repository) as manifest:
+        return manifest
 
 
 def config(path: Path) -> ModelConfig:
@@ -79,7 +89,7 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize("how", ["raised", "killed"])
-def test_an_unfinished_change_is_undone(repository, monkeypatch, how):
+def test_an_unfinished_change_is_undone(repository, monkeypatch, capsys, how):
     before = {path: sha256(path) for path in sorted(repository.rglob("*")) if path.is_file()}
 
     def half() -> None:
@@ -88,6 +98,7 @@ def test_an_unfinished_change_is_undone(repository, monkeypatch, how):
         (repository / "key_area_crop" / "3").mkdir()
         (repository / VERSIONS / "3" / "kalm").mkdir(parents=True)
         (repository / f"kalm/{CONFIG}{versions.PARTIAL}").touch()
+        (scratch(repository) / "repository").mkdir(parents=True)
         assert served(repository) == [1, 2, 2, 2]
         if how == "killed":  # nothing more of this process runs
             monkeypatch.setattr(versions, "settle", lambda repository: None)
@@ -96,9 +107,12 @@ def test_an_unfinished_change_is_undone(repository, monkeypatch, how):
     with pytest.raises(Killed), changing(repository):
         half()
     monkeypatch.undo()
+    capsys.readouterr()
+    versions_command.main(["list", str(repository)])
+    assert capsys.readouterr().out.count("\n") == 2  # its versions 1 and 2
     assert verified(repository)["version"] == 1
     assert {path: sha256(path) for path in sorted(repository.rglob("*")) if path.is_file()} == before
-    assert not list(repository.parent.glob("*.unfinished"))
+    assert list(repository.parent.iterdir()) == [repository]
 
 
 def test_a_damaged_repository_is_not_changed(repository):
@@ -167,7 +181,7 @@ def test_a_switch_that_fails_anywhere_leaves_the_present_version(repository, mon
         triton.call()
 
     monkeypatch.setattr(switch_module, "canary", canary)
-    monkeypatch.setattr(switch_module, "_stages", lambda flows: ["key_area_crop"])
+    monkeypatch.setattr(switch_module, "_stages", lambda flows, target: ["key_area_crop"])
     before = {path: sha256(path) for path in sorted(repository.rglob("*")) if path.is_file()}
     if at == 4:  # unloading the flow that was tried: what of it
         switch_module.switch(triton, repository, ["kalm"], 2, lambda line, **fields: told.append(line))
@@ -233,6 +247,23 @@ def test_what_may_not_be_added(assembled, tiny_kalm, tmp_path):
             add_version(assembled, folder)
         shutil.rmtree(folder)
     assert (assembled / MANIFEST).read_bytes() == before
+    assert verified(assembled)["versions"] == [1, 2, 3]
+
+
+@pytest.mark.slow
+def test_what_a_killed_add_left_is_gone_with_the_next_command(assembled, tiny_kalm, capsys):
+    beside = sorted(assembled.parent.iterdir())
+    program = ["scaphoid.triton_repo.serve", "versions", "add", str(assembled), str(tiny_kalm[1])]
+    with subprocess.Popen([sys.executable, "-m", *program]) as adding:
+        deadline = time.monotonic() + 120
+        while not (scratch(assembled) / "repository.partial").exists() and time.monotonic() < deadline:
+            time.sleep(0.001)
+        adding.kill()
+    assert adding.returncode == -signal.SIGKILL
+    assert sorted(assembled.parent.iterdir()) != beside
+    versions_command.main(["list", str(assembled)])
+    assert [line.partition("@")[0] for line in capsys.readouterr().out.splitlines()] == ["1", "2", "3"]
+    assert sorted(assembled.parent.iterdir()) == beside
     assert verified(assembled)["versions"] == [1, 2, 3]
 
 

@@ -2,10 +2,10 @@
 
 One bad image fails a whole DALI batch, a decompression bomb takes the memory of everybody, and a decoder that
 tolerates a truncated file invents the missing part of a bone. So every image passes `check_encoded` first: in
-training, in the client, and in the server before requests are batched. It reads headers, end markers and checksums,
-never a compressed pixel (alpha excepted), so a 5 megapixel PNG takes a few milliseconds. What only the picture tells,
-`check_decoded` finds wherever images are decoded: in training and in the server, whose refusal the client passes on.
-Needs numpy and Pillow.
+training, in the client, and in the server before they are decoded. It reads headers, end markers and checksums, never
+a compressed pixel (alpha excepted), so a 5 megapixel PNG takes a millisecond or two. What only the picture tells,
+`check_decoded` finds wherever images are decoded here: in training and in the CPU's server, whose refusal the client
+passes on. `check_encoded` runs in the vendor's image too (triton_repo/gpu/guard), where numpy is and Pillow is not.
 
 Rejected, with one line that says why:
 
@@ -26,6 +26,7 @@ define it. `check_decoded` then rejects a picture whose 16 bits use the lowest q
 data stored unscaled, it would be shown nearly black, and an answer about it would look like any other.
 """
 
+import re
 import struct
 import zlib
 from collections.abc import Callable, Iterator
@@ -52,16 +53,16 @@ def check_encoded(data: bytes | memoryview) -> ImageHeader:
     """The header of one encoded image that is fit to be decoded. Raises RejectedImage."""
     if len(data) > MAX_BYTES:
         raise RejectedImage(f"{len(data) >> 20} MiB, more than the limit of {MAX_BYTES >> 20} MiB")
-    data = bytes(data)
+    data = memoryview(data)  # not copied: that would cost as much as reading it
     if not data:
         raise RejectedImage("empty: 0 bytes")
     for signature, name, read in _FORMATS:
-        if data.startswith(signature):
+        if data[: len(signature)] == signature:
             try:
                 return read(data)
             except (struct.error, IndexError):
                 raise RejectedImage(f"truncated: the {name} file ends inside its header ({len(data)} bytes)") from None
-    if not any(data):
+    if not np.frombuffer(data, np.uint8).any():
         raise RejectedImage(f"not an image: {len(data)} zero bytes")
     if data[128:132] == b"DICM":
         raise RejectedImage("a DICOM file: convert it first (scaphoid-predict does), the server takes no DICOM")
@@ -87,23 +88,25 @@ def check_blank(image: np.ndarray) -> None:
         raise RejectedImage("every pixel has the same value: blank radiograph")
 
 
-def _png_chunks(data: bytes) -> Iterator[tuple[bytes, memoryview]]:
+def _png_chunks(data: memoryview) -> Iterator[tuple[bytes, memoryview]]:
     """Kind and body of every chunk up to IEND, each held against its CRC."""
-    view, position, kind = memoryview(data), 8, b""
+    position, kind, count = 8, b"", 0
     while kind != b"IEND":
+        if (count := count + 1) > _PNG_CHUNKS:
+            raise RejectedImage(f"a PNG of more than {_PNG_CHUNKS:,} chunks: save it anew")
         if position + 12 > len(data):
             raise RejectedImage("truncated: the PNG file ends before its IEND chunk")
         length, kind = struct.unpack_from(">I4s", data, position)
         end = position + 8 + length
         if end + 4 > len(data):
             raise RejectedImage("truncated: the PNG file ends inside a chunk")
-        if zlib.crc32(view[position + 4 : end]) != struct.unpack_from(">I", data, end)[0]:
+        if zlib.crc32(data[position + 4 : end]) != struct.unpack_from(">I", data, end)[0]:
             raise RejectedImage("damaged: a PNG chunk does not match its CRC")
-        yield kind, view[position + 8 : end]
+        yield kind, data[position + 8 : end]
         position = end + 4
 
 
-def _png(data: bytes) -> ImageHeader:
+def _png(data: memoryview) -> ImageHeader:
     chunks = _png_chunks(data)
     kind, body = next(chunks)
     if kind != b"IHDR" or len(body) != 13:
@@ -132,6 +135,7 @@ def _png(data: bytes) -> ImageHeader:
     return header
 
 
+_PNG_CHUNKS = 2**18  # each takes a microsecond; encoders cut 50 million pixels into 40,000 at most
 _PNG_CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # colour type: grey, RGB, palette, grey + alpha, RGBA
 
 
@@ -176,7 +180,7 @@ def _png_is_opaque(header: ImageHeader, compressed: bytes) -> bool:
     return True
 
 
-def _bmp(data: bytes) -> ImageHeader:
+def _bmp(data: memoryview) -> ImageHeader:
     offset, header_size = struct.unpack_from("<II", data, 10)
     if header_size < 40:
         raise RejectedImage("a BMP of the OS/2 kind: save it as PNG")
@@ -190,7 +194,7 @@ def _bmp(data: bytes) -> ImageHeader:
     return ImageHeader("BMP", width, height, bits // 8, 8)
 
 
-def _tiff_directory(data: bytes) -> tuple[dict[int, tuple[int, ...]], int]:
+def _tiff_directory(data: memoryview) -> tuple[dict[int, tuple[int, ...]], int]:
     """The unsigned integer tags of the first picture, and the offset of the second (0: there is none)."""
     order = "<" if data[:2] == b"II" else ">"
     (start,) = struct.unpack_from(order + "I", data, 4)
@@ -198,18 +202,24 @@ def _tiff_directory(data: bytes) -> tuple[dict[int, tuple[int, ...]], int]:
     tags = {}
     for entry in range(start + 2, start + 2 + 12 * entries, 12):
         tag, kind, count = struct.unpack_from(order + "HHI", data, entry)
-        if kind not in _TIFF_TYPES or count * _TIFF_TYPES[kind][1] > len(data):
+        if tag not in _TIFF_TAGS or kind not in _TIFF_TYPES:
             continue
+        if count > _TIFF_COUNT or count * _TIFF_TYPES[kind][1] > len(data):
+            continue
+        if tag in tags:
+            raise RejectedImage(f"damaged: the TIFF file has tag {tag} twice")
         code, size = _TIFF_TYPES[kind]
         place = entry + 8 if count * size <= 4 else struct.unpack_from(order + "I", data, entry + 8)[0]
         tags[tag] = struct.unpack_from(f"{order}{count}{code}", data, place)
     return tags, struct.unpack_from(order + "I", data, start + 2 + 12 * entries)[0]
 
 
+_TIFF_TAGS = frozenset((256, 257, 258, 262, 273, 277, 279, 324, 325, 339))  # those that `_tiff` asks for
+_TIFF_COUNT = MAX_PIXELS // MIN_SIDE  # of values, one for each row of the highest image
 _TIFF_TYPES = {1: ("B", 1), 3: ("H", 2), 4: ("I", 4)}
 
 
-def _tiff(data: bytes) -> ImageHeader:
+def _tiff(data: memoryview) -> ImageHeader:
     tags, next_picture = _tiff_directory(data)
     if next_picture:
         raise RejectedImage("a TIFF of several pages: save the one page that is the radiograph")
@@ -236,25 +246,23 @@ def _tiff(data: bytes) -> ImageHeader:
 _TIFF_CHANNELS = {0: 1, 1: 1, 2: 3, 3: 1, 5: 4, 6: 3}
 
 
-def _big_tiff(data: bytes) -> ImageHeader:
+def _big_tiff(data: memoryview) -> ImageHeader:
     raise RejectedImage("a big TIFF (64-bit offsets): save it as PNG")
 
 
-def _pgm(data: bytes) -> ImageHeader:
-    numbers, position = [], 2
+def _pgm(data: memoryview) -> ImageHeader:
+    head, numbers, position = data[:_PGM_HEADER], [], 2
     while len(numbers) < 3:
-        while data[position : position + 1].isspace():
-            position += 1
-        if data[position] == ord("#"):
-            position = data.index(b"\n", position) if b"\n" in data[position:] else len(data)
-            continue
-        end = position
-        while data[end : end + 1].isdigit():
-            end += 1
-        if end == position or end - position > 9:
+        position = _PGM_SPACE.match(head, position).end()
+        if digits := _PGM_NUMBER.match(head, position):
+            numbers.append(int(digits[0]))
+            position = digits.end()
+        if position == len(head) < len(data):
+            raise RejectedImage(f"a PGM of more than {_PGM_HEADER:,} bytes of comments: save it without them")
+        if position == len(head):
+            raise IndexError("no number, or no end of it")
+        if not digits:
             raise RejectedImage("damaged: a PGM header must be P5, width, height and white level")
-        numbers.append(int(data[position:end]))
-        position = end
     width, height, white = numbers
     check_size(width, height)
     if white not in (255, 65535):
@@ -265,7 +273,11 @@ def _pgm(data: bytes) -> ImageHeader:
     return ImageHeader("PGM", width, height, 1, 8 * sample)
 
 
-_FORMATS: tuple[tuple[bytes, str, Callable[[bytes], ImageHeader]], ...] = (
+_PGM_HEADER = 2**16  # bytes: a hostile one is comments throughout
+_PGM_SPACE = re.compile(rb"(?:\s|#[^\n]*)*")  # and comments, to the ends of their lines
+_PGM_NUMBER = re.compile(rb"\d{1,9}(?!\d)")
+
+_FORMATS: tuple[tuple[bytes, str, Callable[[memoryview], ImageHeader]], ...] = (
     (b"\x89PNG\r\n\x1a\n", "PNG", _png),
     (b"\xff\xd8", "JPEG", read_jpeg),
     (b"BM", "BMP", _bmp),

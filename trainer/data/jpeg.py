@@ -16,6 +16,7 @@ from PIL import Image
 
 from scaphoid.trainer.data.header import ImageHeader, RejectedImage, check_size
 
+MAX_SEGMENTS = 10_000  # each takes a microsecond; cameras write some dozens
 MAX_SCANS = 100  # a progressive JPEG has about 10; each scan of a hostile one costs a pass over the whole image
 FILL = 128  # grey level of blocks that a decoder has no data for
 
@@ -29,9 +30,11 @@ _MORE = b"".join(bytes(range(64)) + bytes((0xFF, 0xD0 + number)) for number in r
 
 def segments(data: bytes) -> Iterator[tuple[int, int]]:
     """Every marker up to the end marker, and the position behind it. Compressed pixels are stepped over. Raises
-    struct.error when the bytes end inside a segment."""
-    position = 2
+    struct.error when the bytes end inside a segment, RejectedImage for more than MAX_SEGMENTS."""
+    position, count = 2, 0
     while found := _MARKER.search(data, position):
+        if (count := count + 1) > MAX_SEGMENTS:
+            raise RejectedImage(f"a JPEG of more than {MAX_SEGMENTS:,} segments: save it anew")
         marker, position = data[found.end() - 1], found.end()
         yield marker, position
         if marker == _END:

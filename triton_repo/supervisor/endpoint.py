@@ -18,6 +18,7 @@ from socket import socket
 from scaphoid.triton_repo.keys import KEY_HEADER
 from scaphoid.triton_repo.supervisor.api import ServerError
 from scaphoid.triton_repo.supervisor.health import Health
+from scaphoid.triton_repo.supervisor.ports import bracketed, family
 
 CONTROL = "control.json"  # in the supervisor's folder, for its user alone: where to send a command, and the key
 LARGEST_BODY = 4096
@@ -34,6 +35,7 @@ class BoundedServer(ThreadingHTTPServer):
     request_queue_size = MOST_REQUESTS
 
     def __init__(self, address: tuple[str, int], handler: type[BaseHTTPRequestHandler]) -> None:
+        self.address_family = family(address[0])
         self._free = threading.BoundedSemaphore(MOST_REQUESTS)
         super().__init__(address, handler)
 
@@ -120,7 +122,7 @@ class Endpoint:
                 """Probes come every few seconds."""
 
         self._http = BoundedServer((host, port), Handler)
-        self.url = f"{host}:{self._http.server_port}"
+        self.url = f"{bracketed(host)}:{self._http.server_port}"
         threading.Thread(target=self._http.serve_forever, args=(0.1,), daemon=True).start()
 
     def write_control(self, folder: Path, repository: Path) -> None:

@@ -2,6 +2,7 @@
 
 import ipaddress
 import socket
+from collections.abc import Mapping
 
 from scaphoid.triton_repo.supervisor.api import ServerError
 
@@ -14,21 +15,48 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def check_port(host: str, port: int) -> None:
-    """Raises ServerError when `port` cannot be bound."""
-    if not 0 < port < 65536:
-        raise ServerError(f"port {port}: expected 1 to 65535")
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port in TIME_WAIT is free
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise ServerError(f"port {port} on {host} cannot be used ({error.strerror}): choose another one") from None
+def address_of(host: str) -> str:
+    """The IP address of `host`, which may be a name; one in brackets is meant without. Raises ServerError."""
+    try:
+        found = socket.getaddrinfo(host.strip("[]"), None, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise ServerError(f"host {host!r} ({why}): expected an address of this machine, such as 127.0.0.1") from None
+    return min(found, key=lambda each: each[0] != socket.AF_INET)[4][0]
 
 
-def free_ports(host: str) -> tuple[int, int, int]:
+def family(address: str) -> socket.AddressFamily:
+    return socket.AF_INET6 if ":" in address else socket.AF_INET
+
+
+def bracketed(address: str) -> str:
+    """As in a URL, before the port."""
+    return f"[{address}]" if ":" in address else address
+
+
+def check_ports(places: Mapping[str, tuple[str, int]]) -> None:
+    """Raises ServerError unless every one of `places`, address and port by what shall listen there, can be bound."""
+    taken: dict[int, str] = {}
+    for name, (address, port) in places.items():
+        if not 0 < port < 65536:
+            raise ServerError(f"{name} port {port}: expected 1 to 65535")
+        if port in taken:
+            line = f"{name} port {port} is the {taken[port]} port, too"
+            raise ServerError(f"{line}: choose another one with --{name}-port")
+        taken[port] = name
+        with socket.socket(family(address)) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port in TIME_WAIT is free
+            try:
+                probe.bind((address, port))
+            except OSError as error:
+                line = f"{name} port {port} on {address} cannot be used ({error.strerror})"
+                raise ServerError(f"{line}: choose another one with --{name}-port") from None
+
+
+def free_ports(address: str) -> tuple[int, int, int]:
     """Three ports that were free a moment ago."""
-    with socket.socket() as a, socket.socket() as b, socket.socket() as c:
+    kind = family(address)
+    with socket.socket(kind) as a, socket.socket(kind) as b, socket.socket(kind) as c:
         for probe in (a, b, c):
-            probe.bind((host, 0))
+            probe.bind((address, 0))
         return tuple(probe.getsockname()[1] for probe in (a, b, c))

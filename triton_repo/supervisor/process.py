@@ -18,7 +18,10 @@ SHARED_MEMORY = Path("/dev/shm")
 SHARED_MEMORY_PREFIX = "scaphoid-server-"  # then the supervisor's PID
 STOP_TIMEOUT_S = 30.0  # Triton's own exit takes up to 7 s on an idle machine
 TRITON_ERROR = re.compile(r"E\d{4} |error: |.*error while loading shared libraries")
-NO_GPU = ("CudaDriverHelper", "CUDA driver version is insufficient")  # there is none, and none is needed
+NO_ERROR = (  # though Triton calls it one
+    *("CudaDriverHelper", "CUDA driver version is insufficient"),  # there is none, and none is needed
+    "model_config_content_name_ is empty",  # of every model that is loaded from a request, as a switch does
+)
 # Ends the server when the supervisor's thread that started it ends, however it ends (PR_SET_PDEATHSIG, SIGTERM).
 DIE_WITH_PARENT = "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 15); os.execv(sys.argv[1], sys.argv[1:])"
 
@@ -67,7 +70,7 @@ class TritonProcess:
                 line = raw.decode(errors="replace").strip()
                 if event := parse(line):
                     self._request_failed(event)
-                elif TRITON_ERROR.match(line) and not any(noise in line for noise in NO_GPU):
+                elif TRITON_ERROR.match(line) and not any(noise in line for noise in NO_ERROR):
                     self._errors.append(line)
 
     @property

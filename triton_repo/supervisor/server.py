@@ -16,7 +16,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from scaphoid.export.artefacts import ManifestError
@@ -32,11 +32,10 @@ from scaphoid.triton_repo.supervisor.canary import CanaryLate
 from scaphoid.triton_repo.supervisor.endpoint import Endpoint
 from scaphoid.triton_repo.supervisor.health import STOPPING, Health
 from scaphoid.triton_repo.supervisor.installation import Installation, in_container, installation
-from scaphoid.triton_repo.supervisor.ports import check_port, free_ports, is_loopback
+from scaphoid.triton_repo.supervisor.ports import address_of, bracketed, check_ports, free_ports, is_loopback
 from scaphoid.triton_repo.supervisor.process import SHARED_MEMORY_PREFIX, TritonProcess
 from scaphoid.triton_repo.supervisor.watch import Watcher
-from scaphoid.triton_repo.versioning import switch
-from scaphoid.triton_repo.versioning.versions import verified
+from scaphoid.triton_repo.versioning import switch, versions
 
 START_TIMEOUT_S = 120.0
 DRAIN_S = 10  # for requests in flight; a model whose process died would make Triton wait its default 30 s
@@ -64,8 +63,10 @@ class Server:
     ) -> None:
         self.repository, self.flows, self.host, self.ports, self.report = repository, tuple(flows), host, ports, report
         self._tls, self._http_host = tls, host if tls is None else "127.0.0.1"
+        hosts = (self._http_host, host, host)
+        self.places = dict(zip(("http", "grpc", "metrics"), zip(hosts, ports, strict=True), strict=True))
         self.http_url, self.grpc_url, self.metrics_url = (
-            f"{address}:{port}" for address, port in zip((self._http_host, host, host), ports, strict=True)
+            f"{bracketed(address)}:{port}" for address, port in self.places.values()
         )
         self.api = TritonApi(self._http_host, ports[0])
         self.health = Health(self.flows)
@@ -77,28 +78,21 @@ class Server:
         self._prefix = f"{SHARED_MEMORY_PREFIX}{os.getpid()}-{ports[0]}-"
         self.generation = 0  # of what is served: a start of the process or a switch begins another
         self.serving = threading.Event()
-        self.changing = threading.Lock()  # held by whoever starts the process or switches versions
 
     @property
     def pid(self) -> int:
         return self.process.pid
 
     def start(self) -> None:
-        """Start the process and wait until every flow has answered, `start_s` seconds. Raises ServerError."""
+        """Start the process and wait until every flow has answered, `start_s` seconds. Raises ServerError; `stop` it
+        then, too."""
         began = time.monotonic()
-        check_host(self.host)
-        for port in self.ports:
-            check_port(self.host, port)
         leftovers.remove(Path(tempfile.gettempdir()))
         self.folder = leftovers.make_folder()
-        try:
-            keys.leave_local_key(self.folder, self.ports[:2], self._local_key)
-            found = installation(self.repository, self.folder)
-            self.process = TritonProcess(self._command(found), found.environment, self._prefix, self._request_failed)
-            self.launch(threading.Event())
-        except BaseException:
-            self.stop()
-            raise
+        keys.leave_local_key(self.folder, self.ports[:2], self._local_key)
+        found = installation(self.repository, self.folder)
+        self.process = TritonProcess(self._command(found), found.environment, self._prefix, self._request_failed)
+        self.launch(threading.Event())
         self.start_s = time.monotonic() - began
         self.health.serving()
 
@@ -108,7 +102,8 @@ class Server:
             *(str(found.binary), *found.options, f"--model-repository={self.repository.resolve()}"),
             *("--model-control-mode=explicit", *(f"--load-model={flow}" for flow in self.flows)),
             *(f"--exit-timeout-secs={DRAIN_S}", "--disable-auto-complete-config"),
-            *(f"--http-address={self._http_host}", f"--grpc-address={self.host}", f"--metrics-address={self.host}"),
+            f"--http-address={_listened(self._http_host)}",
+            *(f"--grpc-address={bracketed(self.host)}", f"--metrics-address={_listened(self.host)}"),
             *(server_options(self._tls) if self._tls else ()),
             *(f"--http-port={http}", f"--grpc-port={grpc}", f"--metrics-port={metrics}"),
             *keys.restrictions(self.api.key, self._local_key, guard_http=found.loopback_only),
@@ -159,12 +154,11 @@ class Server:
     def switch(self, version: int) -> dict:
         """Serve `version` of the repository in place of the present one, with no request lost. Raises ServerError; the
         present one is served further then."""
-        with self.changing:
-            if not self.serving.is_set():
-                raise ServerError("the server is not serving at present: see its log, and try again")
-            served = switch.switch(self.api, self.repository, self.flows, version, self.report)
-            self.generation += 1
-            return served
+        if not self.serving.is_set():
+            raise ServerError("the server is not serving at present: see its log, and try again")
+        served = switch.switch(self.api, self.repository, self.flows, version, self.report)
+        self.generation += 1
+        return served
 
     def drain(self) -> None:
         """Unload the flows, and wait until the requests in flight have ended, `DRAIN_S` at most: their stages stay. On
@@ -190,6 +184,11 @@ class Server:
             self.folder = None
 
 
+def _listened(address: str) -> str:
+    """As Triton's HTTP servers want an address; one of IPv6 in brackets, as the vendor writes it, they take for all."""
+    return f"ipv6:{address}" if ":" in address else address
+
+
 def check_host(host: str) -> None:
     """Raises ServerError for one that the Triton on this machine must not listen on."""
     if not in_container() and not is_loopback(host):
@@ -197,6 +196,22 @@ def check_host(host: str) -> None:
             f"host {host}: the wheel's Triton is older than its security fixes and listens on loopback "
             "alone; what other machines reach is the vendor's container (triton_repo/deploy)"
         )
+
+
+def _flows(repository: Path, manifest: dict, wanted: Sequence[str] | None) -> tuple[str, ...]:
+    """Those to serve. Raises ManifestError."""
+    if "target" not in manifest and not any(repository.glob(f"*/{CONFIG}")):  # the first is newer
+        raise ManifestError(
+            f"{repository} holds artefacts, not a model repository: assemble it first, with "
+            f"python -m scaphoid.triton_repo.assemble {repository} REPOSITORY, and serve that"
+        )
+    available = manifest["flows"]
+    flows = tuple(wanted or available)
+    if missing := [flow for flow in flows if flow not in available]:
+        raise ManifestError(
+            f"{repository} has no flow {missing[0]}: it has {', '.join(available)}; export its weights too"
+        )
+    return flows
 
 
 @contextmanager
@@ -215,46 +230,36 @@ def running_server(
 
     `ports` are HTTP, gRPC, metrics (default: free ones). With `watch_interval_s` a thread sends canaries that often and
     recovers the server when they fail. With `health_port` (0: a free one) there is the endpoint of endpoint.py, whose
-    metrics tell of the predictions in `journals`, too. `tls` is a folder of certificates for gRPC. Raises ManifestError
-    for a damaged repository, CertificateError for a certificate that is missing, ServerError when the server does not
-    start.
+    metrics tell of the predictions in `journals`, too. `tls` is a folder of certificates for gRPC.
+
+    Nobody changes the repository from the time when it is verified until the models are loaded, or replaces it as long
+    as the server runs. Raises ManifestError for a damaged repository, and for one that another process holds too long,
+    CertificateError for a certificate that is missing, ServerError when the server does not start.
     """
-    manifest = verified(repository)
-    if "target" not in manifest and not any(repository.glob(f"*/{CONFIG}")):  # the first is newer
-        raise ManifestError(
-            f"{repository} holds artefacts, not a model repository: assemble it first, with "
-            f"python -m scaphoid.triton_repo.assemble {repository} REPOSITORY, and serve that"
-        )
-    check_host(host)
-    if tls is not None:
-        server_options(tls)
-    available = manifest["flows"]
-    flows = tuple(flows or available)
-    if missing := [flow for flow in flows if flow not in available]:
-        raise ManifestError(
-            f"{repository} has no flow {missing[0]}: it has {', '.join(available)}; export its weights too"
-        )
-    server = Server(repository, flows, host, ports or free_ports(host), report, tls)
-    stop, watcher, endpoint = threading.Event(), None, None
-    try:
-        if health_port is not None:
-            if health_port:
-                check_port(host, health_port)
-            collector = SupervisorCollector(server.health, server.api, repository, JournalReader(journals))
-            endpoint = Endpoint(host, health_port, server.health, collector.text, server.switch)
-            server.health_url = endpoint.url
-        server.start()
-        if endpoint is not None:
-            endpoint.write_control(server.folder, repository)
+    stop = threading.Event()
+    with ExitStack() as stack:  # left in the reverse order
+        with versions.starting(repository) as manifest:
+            stack.enter_context(versions.serving(repository))
+            flows, host = _flows(repository, manifest, flows), address_of(host)
+            check_host(host)
+            if tls is not None:
+                server_options(tls)
+            server = Server(repository, flows, host, ports or free_ports(host), report, tls)
+            check_ports(server.places | ({"health": (host, health_port)} if health_port else {}))
+            endpoint = None
+            if health_port is not None:
+                collector = SupervisorCollector(server.health, server.api, repository, JournalReader(journals))
+                endpoint = Endpoint(host, health_port, server.health, collector.text, server.switch)
+                stack.callback(endpoint.close)
+                server.health_url = endpoint.url
+            stack.callback(server.stop)
+            server.start()
+            if endpoint is not None:
+                endpoint.write_control(server.folder, repository)
         if watch_interval_s is not None:
             watcher = threading.Thread(target=Watcher(server).watch, args=(stop, watch_interval_s), daemon=True)
             watcher.start()
+            stack.callback(watcher.join)
+        stack.callback(stop.set)
+        stack.callback(server.drain)  # before its watcher ends, and with it the process that it may have started
         yield server
-    finally:
-        server.drain()  # before its watcher ends, and with it the process that the watcher may have started
-        stop.set()
-        if watcher is not None:
-            watcher.join()
-        server.stop()
-        if endpoint is not None:
-            endpoint.close()

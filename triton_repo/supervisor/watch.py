@@ -11,14 +11,17 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from scaphoid.export.artefacts import ManifestError
 from scaphoid.triton_repo.supervisor.api import ServerError
 from scaphoid.triton_repo.supervisor.canary import TIMEOUT_S, CanaryLate
+from scaphoid.triton_repo.versioning import versions
 
 if TYPE_CHECKING:
     from scaphoid.triton_repo.supervisor.server import Server
 
 TICK_S = 0.5  # between looks at the server's processes
 LONGEST_WAIT_S = 60.0  # between attempts to recover a server that fails again and again
+LOCK_WAIT_S = 10.0  # for a change of the repository to finish, before the next attempt
 STEADY_S = 120.0  # ready for so long, and the next fault is the first again
 
 
@@ -128,10 +131,10 @@ class Watcher:
                 if self._wait(delay, stop):
                     return
             try:
-                with server.changing:
+                with versions.starting(server.repository, LOCK_WAIT_S):
                     server.launch(stop)
                 break
-            except (ServerError, OSError) as failure:
+            except (ManifestError, ServerError, OSError) as failure:
                 if stop.is_set():
                     return
                 server.health.not_serving(f"not recovered: {failure}", "start_failed")

@@ -1,17 +1,16 @@
 """Artefacts of retrained weights become the next version in a repository, beside the one that is served."""
 
 import shutil
-import tempfile
 from pathlib import Path
 
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 
-from scaphoid.export.artefacts import OPS_LIBRARY, ManifestError, read_manifest, sha256, verify
+from scaphoid.export.artefacts import OPS_LIBRARY, ManifestError, read_manifest, sha256
 from scaphoid.export.tensorrt_engines.build_engines import BuildError
 from scaphoid.export.tensorrt_engines.load_engines import EngineError
 from scaphoid.triton_repo.assemble import VERSION, Engines, assemble
 from scaphoid.triton_repo.configs import CONFIG, ConfigError, read
-from scaphoid.triton_repo.versioning.versions import VERSIONS, changing, finish, number, pinned
+from scaphoid.triton_repo.versioning.versions import VERSIONS, changing, finish, number, pinned, scratch
 
 
 def add_version(repository: Path, artefacts: Path, engines: Engines | None = None) -> int:
@@ -22,13 +21,13 @@ def add_version(repository: Path, artefacts: Path, engines: Engines | None = Non
     another configuration serves (another image size, precision, build of the ops): these need a repository of their
     own; and what `assemble` raises.
     """
-    manifest = verify(artefacts)
+    manifest = read_manifest(artefacts)  # `assemble` verifies
     parity = manifest.get("parity", {})
     if not parity.get("passed"):
         reason = "; ".join(parity.get("failures", ())[:1]) or "its manifest tells of no gate"
         raise ManifestError(f"{artefacts} did not pass the gate of its export and is not added ({reason})")
-    with changing(repository) as present, tempfile.TemporaryDirectory(dir=repository.resolve().parent) as scratch:
-        assembled = Path(scratch) / "repository"
+    with changing(repository) as present:
+        assembled = scratch(repository) / "repository"
         content = assemble(artefacts, assembled, engines)
         version = max(present["versions"]) + 1
         _compare(repository, assembled, present)

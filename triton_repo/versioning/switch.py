@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from scaphoid.export.artefacts import ManifestError
-from scaphoid.trainer.flows import FLOWS
+from scaphoid.triton_repo.configs import ENSEMBLES
 from scaphoid.triton_repo.supervisor.api import ServerError, TritonApi
 from scaphoid.triton_repo.supervisor.canary import CanaryLate, canary
 from scaphoid.triton_repo.versioning import versions
@@ -28,13 +28,13 @@ def switch(api: TritonApi, repository: Path, flows: Sequence[str], version: int,
         with versions.changing(repository) as manifest:
             present = manifest["version"]
             checked(manifest, version)
+            stages = _stages(flows, manifest.get("target", "cpu"))
             try:
-                _switch(api, repository, flows, present, version)
-                previous = None if version == manifest["previous"] else present
-                content = versions.finish(repository, version, manifest["versions"], previous)
+                _switch(api, repository, flows, stages, present, version)
+                content = versions.exchange(repository, manifest, version)
             except BaseException as error:
                 versions.settle(repository)
-                _restore(api, flows)
+                _restore(api, (*flows, *stages))
                 why = str(error) or type(error).__name__
                 line = f"version {version} is not served: {why}; version {present} is, further"
                 report(line, event="switch_failed", version=version, level="error")
@@ -56,8 +56,9 @@ def checked(manifest: dict, version: int) -> None:
         raise ServerError(f"version {version} is served already")
 
 
-def _switch(api: TritonApi, repository: Path, flows: Sequence[str], present: int, version: int) -> None:
-    stages = _stages(flows)
+def _switch(
+    api: TritonApi, repository: Path, flows: Sequence[str], stages: Sequence[str], present: int, version: int
+) -> None:
     versions.lay_beside(repository, stages, [present, version])
     for name in stages:  # one after the other: each takes memory twice for a while
         api.load(name)
@@ -97,12 +98,13 @@ def _answers(api: TritonApi, flow: str, model: str = "") -> None:
                 raise
 
 
-def _restore(api: TritonApi, flows: Sequence[str]) -> None:
+def _restore(api: TritonApi, models: Sequence[str]) -> None:
     """Load what the repository says again, flows first: they may run on the version that is given up."""
-    for name in (*flows, *_stages(flows)):
+    for name in models:
         with suppress(ServerError):
             api.load(name)
 
 
-def _stages(flows: Sequence[str]) -> list[str]:
-    return list(dict.fromkeys(step.stage.name for flow in flows for step in FLOWS[flow].steps))
+def _stages(flows: Sequence[str], target: str) -> list[str]:
+    """Every model that the flows run on, on a GPU their guard too."""
+    return list(dict.fromkeys(name for flow in flows for name in ENSEMBLES[target][flow].stages))

@@ -5,24 +5,26 @@
       encoder/config.pbtxt    the served version's; 1/ 2/ ... hold the models
       versions/2/             configurations (encoder/config.pbtxt ...), content.json and documents of version 2
 
+Locks (lock.py): whoever starts a server from a repository holds it beside others that do so, and whoever changes it
+holds it alone. A running server holds `versions/`, which keeps the repository from being replaced.
+
 All versions of a model share its one config.pbtxt; a stage's names the versions to load, and a flow's steps pin them.
 A change is undone unless its last step, the new manifest, was taken: by whoever began it, or at the next start.
 """
 
-import fcntl
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from google.protobuf import text_format
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 
-from scaphoid.export.artefacts import DOCUMENTS, ManifestError, read_manifest, verify, write_manifest
+from scaphoid.export.artefacts import DOCUMENTS, MANIFEST, ManifestError, read_manifest, verify, write_manifest
 from scaphoid.triton_repo.configs import CONFIG, read
+from scaphoid.triton_repo.versioning.lock import InUse, holder, locked
 
 CONFIGS = (f"*/{CONFIG}", "*/configs/*.pbtxt")  # custom ones, by the side of a model's usual one
 
@@ -30,6 +32,7 @@ VERSIONS = "versions"
 CONTENT = "content.json"
 FIRST = 1
 PARTIAL = ".partial"
+LOCK_WAIT_S = 60.0  # for another's change or start to finish
 OF_REPOSITORY = ("format", "files", "version", "versions", "previous")  # in its manifest; the rest is of a version
 
 
@@ -62,6 +65,12 @@ def finish(repository: Path, version: int, versions: Sequence[int], previous: in
     content |= {"version": version, "versions": sorted(versions), "previous": previous}
     write_manifest(repository, content)
     return content
+
+
+def exchange(repository: Path, manifest: Mapping, version: int) -> dict:
+    """`finish` with `version` in place of the manifest's; after a rollback there is none to go back to."""
+    previous = None if version == manifest["previous"] else manifest["version"]
+    return finish(repository, version, manifest["versions"], previous)
 
 
 def lay_out(repository: Path, version: int, model: str = "") -> None:
@@ -106,28 +115,76 @@ def weights_hash(content: Mapping) -> str:
     return hashlib.sha256("".join(each["sha256"] for each in content["weights"]).encode()).hexdigest()[:8]
 
 
-def verified(repository: Path) -> dict:
-    """The manifest of a repository that is as its manifest says, an unfinished change undone. Raises ManifestError."""
-    if not repository.is_dir():
-        return verify(repository)
-    with _locked(repository):
-        settle(repository)
-        return verify(repository)
+@contextmanager
+def starting(repository: Path, wait_s: float = LOCK_WAIT_S) -> Iterator[dict]:
+    """The manifest of a repository that is as its manifest says, an unfinished change undone; nobody changes it within
+    the block, and others may start from it, too. Raises ManifestError."""
+    read_manifest(repository)  # is it one?
+    undo(repository, wait_s)
+    with locked(repository, alone=False, wait_s=wait_s):
+        yield verify(repository)
+
+
+@contextmanager
+def serving(repository: Path) -> Iterator[None]:
+    """Entered while `starting`, left when the server ends: until then its repository is not replaced."""
+    folder = repository / VERSIONS  # an earlier release assembled none
+    with locked(folder, alone=False, wait_s=LOCK_WAIT_S) if folder.is_dir() else nullcontext():
+        yield
 
 
 @contextmanager
 def changing(repository: Path) -> Iterator[dict]:
     """The manifest of a verified repository that this process alone changes. What the block has not finished when it
     raises is undone. Raises ManifestError."""
-    with _locked(repository):
+    numbered(repository, read_manifest(repository))
+    with locked(repository, alone=True, wait_s=LOCK_WAIT_S):
         settle(repository)
         manifest = verify(repository)
-        if "versions" not in manifest:
-            raise ManifestError(f"{repository} was assembled by an earlier release without versions: assemble it again")
         _unfinished(repository).touch()
         try:
             yield manifest
         finally:
+            settle(repository)
+
+
+@contextmanager
+def replacing(repository: Path) -> Iterator[None]:
+    """This process alone may put another repository in the place of `repository`, if there is one. Raises ManifestError
+    for one that is served, and for one that would be lost with versions that were added to it."""
+    folder = repository / VERSIONS
+    if not folder.is_dir():
+        if (repository / MANIFEST).is_file() and not any(repository.glob(f"*/{CONFIG}")):
+            raise ManifestError(f"{repository} holds artefacts, which would be lost: choose another folder")
+        yield
+        return
+    instead = f"`scaphoid-serve versions add {repository} ARTEFACTS` adds a version"
+    with locked(repository, alone=True, wait_s=LOCK_WAIT_S):
+        settle(repository)
+        there = sorted(int(each.name) for each in folder.iterdir() if each.name.isdigit())
+        if len(there) > 1:
+            lost = f"{repository} holds versions {', '.join(map(str, there))}, which would be lost"
+            raise ManifestError(f"{lost}: {instead}, or remove the folder first")
+        try:
+            with locked(folder, alone=True, wait_s=0):
+                pass
+        except InUse:
+            line = f"{repository} is served by {holder(folder)}, so it is not replaced"
+            raise InUse(f"{line}: {instead}, or stop the server first") from None
+        yield
+
+
+def numbered(repository: Path, manifest: dict) -> dict:
+    """`manifest`. Raises ManifestError for one without versions."""
+    if "version" not in manifest:
+        raise ManifestError(f"{repository} is no model repository of this release: assemble one")
+    return manifest
+
+
+def undo(repository: Path, wait_s: float = LOCK_WAIT_S) -> None:
+    """Undo what a process that was killed has left of a change. Raises InUse while another one changes it."""
+    if _unfinished(repository).exists():
+        with locked(repository, alone=True, wait_s=wait_s):
             settle(repository)
 
 
@@ -142,6 +199,7 @@ def settle(repository: Path) -> None:
     for left in repository.rglob(f"*{PARTIAL}"):
         left.unlink()
     lay_out(repository, manifest["version"])
+    shutil.rmtree(scratch(repository), ignore_errors=True)
     _unfinished(repository).unlink()
 
 
@@ -151,14 +209,10 @@ def _unfinished(repository: Path) -> Path:
     return resolved.with_name(resolved.name + ".unfinished")
 
 
-@contextmanager
-def _locked(repository: Path) -> Iterator[None]:
-    descriptor = os.open(repository, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
+def scratch(repository: Path) -> Path:
+    """A folder beside the repository, for whoever changes it; gone with the change."""
+    resolved = repository.resolve()
+    return resolved.with_name(resolved.name + ".adding")
 
 
 def _text(config: ModelConfig, comment: str) -> str:

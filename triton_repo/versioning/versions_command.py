@@ -11,6 +11,7 @@ start serves the other version.
 import json
 import sys
 import tempfile
+from contextlib import suppress
 from dataclasses import dataclass
 from http.client import HTTPConnection, HTTPException
 from pathlib import Path
@@ -24,6 +25,7 @@ from scaphoid.triton_repo.supervisor import leftovers
 from scaphoid.triton_repo.supervisor.api import ServerError
 from scaphoid.triton_repo.supervisor.endpoint import CONTROL, SWITCH
 from scaphoid.triton_repo.versioning import versions
+from scaphoid.triton_repo.versioning.lock import InUse
 from scaphoid.triton_repo.versioning.switch import checked
 
 SWITCH_TIMEOUT_S = 1800.0  # it loads every stage; each is given its own time
@@ -88,8 +90,10 @@ def run(command: Show | Add | Switch | Rollback) -> list[str]:
 
         version = add_to(repository, command.artefacts, command.engines)
         return [f"{repository}: version {version} added; `scaphoid-serve versions switch {repository} {version}`"]
-    manifest = read_manifest(repository)
+    manifest = versions.numbered(repository, read_manifest(repository))
     if isinstance(command, Show):
+        with suppress(InUse):  # whoever changes it now tidies up, too
+            versions.undo(repository, wait_s=0)
         return listed(repository, manifest)
     target = command.version if isinstance(command, Switch) else manifest.get("previous")
     if target is None:
@@ -106,20 +110,24 @@ def listed(repository: Path, manifest: dict) -> list[str]:
     return [
         f"{each['version']}@{versions.weights_hash(each)}: {', '.join(each['flows'])}{what(each['version'])}"
         for each in versions.contents(repository)
+        if each["version"] in manifest["versions"]
     ]
 
 
 def switch(repository: Path, version: int) -> str:
-    """Through the supervisor of `repository` if one runs. Raises ServerError."""
-    if (control := control_of(repository)) is None:
-        with versions.changing(repository) as manifest:
+    """Through the supervisor of `repository` if one runs. Raises ManifestError, ServerError."""
+    if control := control_of(repository):
+        return _ask(control, repository, version)
+    with versions.changing(repository) as manifest:
+        if (control := control_of(repository)) is None:
             checked(manifest, version)
-            present = manifest["version"]
-            previous = None if version == manifest["previous"] else present
-            versions.finish(repository, version, manifest["versions"], previous)
-        return f"{repository}: no scaphoid-serve of yours runs on it; the next start serves version {version}"
-    host, _, port = control["url"].rpartition(":")
-    connection = HTTPConnection(host, int(port), timeout=SWITCH_TIMEOUT_S)
+            versions.exchange(repository, manifest, version)
+            return f"{repository}: no scaphoid-serve of yours runs on it; the next start serves version {version}"
+    return _ask(control, repository, version)  # it was starting meanwhile
+
+
+def _ask(control: dict, repository: Path, version: int) -> str:
+    connection = HTTPConnection(control["url"], timeout=SWITCH_TIMEOUT_S)
     try:
         connection.request("POST", SWITCH, json.dumps({"version": version}), {KEY_HEADER: control["key"]})
         response = connection.getresponse()
