@@ -173,7 +173,7 @@ def measure_flow(arguments: Comparison, weights: Path, images: Sequence[bytes], 
             in_process.append(measure(engine, images, batch, arguments.seconds))
             requests = round(REQUESTS_TIMES * in_process[-1].images_per_s * arguments.seconds) + arguments.clients
             bounds = (arguments.clients, requests, arguments.seconds)
-            for way in WAYS:
+            for way in WAYS if number % 2 else WAYS[::-1]:  # what one leaves behind is another's next time
                 cpu_s = time.process_time() + session_cpu_s(server.pid)
                 load = asyncio.run(server_load(server.grpc_url, connections[way], sent[way], *bounds))
                 cpu_s = time.process_time() + session_cpu_s(server.pid) - cpu_s

@@ -12,7 +12,6 @@ import struct
 from collections.abc import Iterator
 
 import numpy as np
-from PIL import Image
 
 from scaphoid.trainer.data.header import ImageHeader, RejectedImage, check_size
 
@@ -108,6 +107,8 @@ def ends_early(data: bytes, header: ImageHeader, image: np.ndarray) -> bool:
 
 
 def _reduced(data: bytes) -> np.ndarray:
+    from PIL import Image  # here alone: where the GPU server looks at files, there is no Pillow
+
     with Image.open(io.BytesIO(data)) as image:
         image.draft("L", (1, 1))  # a pixel for each block
         return np.asarray(image)

@@ -5,15 +5,12 @@ Assembling copies what it imports of this package beside it: of the vendor's ima
 """
 
 import sys
-import types
 from pathlib import Path
 
 import triton_python_backend_utils as pb_utils
 
 sys.dont_write_bytecode = True  # the manifest lists what is here
 sys.path.insert(0, str(Path(__file__).parent))  # and these copies run, whatever else is installed
-# Pillow is for pictures that are decoded; here DALI does that, and the vendor's image has no Pillow.
-sys.modules["PIL"] = types.SimpleNamespace(Image=None)
 
 from scaphoid.trainer.data.guard import RejectedImage, check_encoded  # noqa: E402
 from scaphoid.triton_repo.supervisor.request_log import refused  # noqa: E402
