@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
+from openvino.frontend import GeneralFailure, OpConversionFailure
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -27,7 +28,7 @@ from torch import Tensor, nn
 import scaphoid.kernels
 from scaphoid.export import artefacts as artefacts_module
 from scaphoid.export import rtx_compile_check
-from scaphoid.export.artefacts import CONTAINER, MANIFEST, OPS_LIBRARY, accepted, licence, versions
+from scaphoid.export.artefacts import CONTAINER, MANIFEST, OPS_LIBRARY, ManifestError, accepted, licence, versions
 from scaphoid.export.calibration import prepare
 from scaphoid.export.disk import room_in
 from scaphoid.export.doors import Door
@@ -38,15 +39,18 @@ from scaphoid.export.gate import hold
 from scaphoid.export.gate_images import PHANTOMS as GATE
 from scaphoid.export.gate_images import gate_images
 from scaphoid.export.gpu_files import write_gpu_files
+from scaphoid.export.manifest import check
 from scaphoid.export.parity_report import rounds, table
 from scaphoid.export.pipeline_to_dali import pipeline_to_dali
 from scaphoid.export.precision import Precision, effective_precision
-from scaphoid.export.publish import GateError, publish
+from scaphoid.export.publish import GateError, partial_of, publish
 from scaphoid.export.runner import PREPROCESS_BATCH
 from scaphoid.export.tensorrt_engines.device_files import write_device_files
 from scaphoid.export.trained import ExportError, Trained, load_trained
 from scaphoid.trainer.contracts import STAGES, Stage
 from scaphoid.trainer.data.index import Index
+
+FAILURES = (RuntimeError, GeneralFailure, OpConversionFailure)  # of converters
 
 
 def export(
@@ -76,19 +80,14 @@ def export(
     also = choose([*formats, *(["onnx"] if precision == "int8" else [])])
     if taken := [path for path in (out, *out.parents) if path.exists() and not path.is_dir()]:
         raise ExportError(f"--out {out}: {taken[0]} is a file: artefacts need a folder of their own")
-    if out.exists() and any(out.iterdir()) and not (out / MANIFEST).is_file():
-        raise ExportError(f"{out} is not empty and holds no artefacts: choose another --out")
-    trained = load_trained(weights)
-    checked_on = gate_images(images, data)
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
+    with partial_of(out) as partial:  # nothing half-written stays, whatever happens
+        trained = load_trained(weights)
+        checked_on = gate_images(images, data)
         with room_in(out.parent):
             content = write_artefacts(trained, precision, also, chosen, partial)
+            check(out / MANIFEST, content)
             report = hold(partial, content, trained.eager, checked_on)
             return publish(partial, out, content, report, accept)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)  # nothing half-written stays, whatever happened
 
 
 def write_artefacts(
@@ -166,7 +165,12 @@ def export_stage(
         for suffix in (suffix for suffix in each.files if suffix != INT8):
             path = each.path(artefacts, stage, suffix)
             path.parent.mkdir(parents=True, exist_ok=True)
-            each.write(module, example, stage, path)
+            try:
+                each.write(module, example, stage, path)
+            except FAILURES as error:  # many lines, of which the last one sums up
+                reason = (str(error).strip().splitlines() or [type(error).__name__])[-1].lstrip("- ")
+                sizes = f"images of {image_size} pixels"
+                raise ExportError(f"{stage.name} cannot be written as {each.name} for {sizes}: {reason}") from error
 
 
 @dataclass(frozen=True)
@@ -245,14 +249,12 @@ def main() -> None:
             arguments.accept,
             arguments.calibration,
         )
-    except (ExportError, GateError, OSError, ValueError) as error:
-        sys.exit(f"scaphoid-export: {error}")
-    except KeyboardInterrupt:
-        sys.exit("scaphoid-export: interrupted, nothing was published")
-    except Exception:
-        if not interrupted:  # OpenVINO hides KeyboardInterrupt in an error of its own
+    except (Exception, KeyboardInterrupt) as error:
+        if interrupted:  # OpenVINO hides KeyboardInterrupt in an error of its own
+            sys.exit("scaphoid-export: interrupted, nothing was published")
+        if not isinstance(error, ExportError | GateError | ManifestError | OSError | ValueError):
             raise
-        sys.exit("scaphoid-export: interrupted, nothing was published")
+        sys.exit(f"scaphoid-export: {error}")
     if (real := effective_precision(arguments.precision)) != arguments.precision:
         print(f"this CPU has no {arguments.precision}: served here, the engines run in {real}")
     served = f"flows {', '.join(content['flows'])}, {content['precision']}, {len(content['stages'])} stages"

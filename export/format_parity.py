@@ -39,9 +39,8 @@ class Engine:
         loaded = {}
         for stage in [STAGES[name] for name in flow.stages if STAGES[name].kind != "preprocess"]:
             if path := self.path(artefacts, stage):
-                precision = precision_of(stage, self.precision)
-                run = self.format.load(path, stage, precision, threads)
-                loaded[stage.name] = ExportedStage(stage, self.format.name, precision, run)
+                run = self.format.load(path, stage, precision_of(stage, self.precision), threads)
+                loaded[stage.name] = ExportedStage(stage, self.format.name, self.precision, run)
             else:
                 run = load_stage(artefacts, stage, manifest, threads)
                 loaded[stage.name] = ExportedStage(stage, SERVED[stage.kind], "f32", run)
@@ -68,7 +67,8 @@ def engines(artefacts: Path, manifest: Mapping) -> list[Engine]:
 @dataclass
 class ExportedStage:
     """An exported stage as a function, which remembers what it was asked about the present batch: a flow whose tensors
-    are still eager's costs no second run."""
+    are still eager's costs no second run. `precision`: of the files that its own is one of, which it may not be in
+    itself (`precision_of`)."""
 
     stage: Stage
     format: str
@@ -112,9 +112,13 @@ class OutputError:
         return self.total / max(self.elements, 1)
 
     @property
+    def at_most(self) -> tuple[float | None, float | None]:
+        return at_most(self.stage, precision_of(self.stage, self.precision))
+
+    @property
     def failure(self) -> str:
         """What is beyond the tolerance; empty when nothing is."""
-        largest, mean = at_most(self.stage, self.precision)
+        largest, mean = self.at_most
         where = f"{self.stage.name}, {self.format} {self.precision}: {self.output}"
         if not np.isfinite(self.largest):
             return f"{where} has another shape, or gave no number"

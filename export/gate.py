@@ -25,7 +25,7 @@ from scaphoid.export.gate_images import GateImages
 from scaphoid.export.precision import effective_precision
 from scaphoid.export.reference import reference
 from scaphoid.export.runner import PREPROCESS_BATCH, load_stage
-from scaphoid.export.tolerances import ENOUGH, PIXELWISE, TOLERANCES, at_most
+from scaphoid.export.tolerances import ENOUGH, PIXELWISE, TOLERANCES
 from scaphoid.trainer.contracts import IMAGE, ORIGINAL_SIZE, STAGES
 from scaphoid.trainer.data.guard import RejectedImage
 from scaphoid.trainer.flows import FLOWS, Flow
@@ -192,7 +192,7 @@ def report_of(manifest: Mapping, images: GateImages, stages: Sequence[OutputErro
                 "output": row.output,
                 "largest": short(row.largest),
                 "mean": short(row.mean),
-                "at_most": dict(zip(("largest", "mean"), at_most(row.stage, row.precision), strict=True)),
+                "at_most": dict(zip(("largest", "mean"), row.at_most, strict=True)),
                 "passed": not row.failure,
             }
             for row in stages

@@ -48,7 +48,7 @@ def gate_images(images: int = PHANTOMS.images, data: Path | None = None) -> Gate
         with _drawn(images) as index:
             drawn = _of(index, index, f"phantoms of generator {GENERATOR_VERSION}, seed {PHANTOMS.seed}")
         # their paths are made like MURA's, and would read like those of patients
-        names = [f"phantom {number}" for number in range(len(drawn))]
+        names = [f"phantom {number}" for number in range(1, len(drawn) + 1)]
         return replace(drawn, names=names, places=names)
     index = whole = read_index(data)
     if images < len(index):

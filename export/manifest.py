@@ -9,7 +9,7 @@ import reprlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain
-from operator import le
+from operator import le, lt
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,8 @@ def check(path: Path, parts: Mapping[str, Any]) -> Manifest:
     rules = {name: rule for name, rule in _rules(parts).items() if name in parts}
     for problem in _problems(parts, rules, ""):
         raise _error(path, problem)
-    for problem in chain(_wiring(parts), _tables(parts)):  # these take for granted what is above
+    more = (_whole(parts), _wiring(parts), _tables(parts), _histograms(parts))
+    for problem in chain.from_iterable(more):  # these take for granted what is above
         raise _error(path, problem)
     return Manifest(path, parts)
 
@@ -91,18 +92,25 @@ def _one_of(*known: str) -> Value:
 TEXT = Value("text", lambda value: isinstance(value, str))
 BOOLEAN = Value("true or false", lambda value: type(value) is bool)
 NUMBER = Value("a number", _is_number)
+COUNT = Value("a number from 0", lambda value: type(value) is int and 0 <= value < LARGEST)
 SIZE = Value(f"a number from 1 to {MOST}", _is_size)
 PROBABILITY = Value("a number from 0 to 1", lambda value: _is_number(value) and 0 <= value <= 1)
+SHARE = Value("a number above 0, at most 1", lambda value: _is_number(value) and 0 < value <= 1)
 SOME_FLOWS = Value(
-    f"some of {', '.join(FLOWS)}",
-    lambda value: isinstance(value, list) and len(value) > 0 and all(each in list(FLOWS) for each in value),
+    f"some of {', '.join(FLOWS)}, each once",
+    lambda value: (
+        isinstance(value, list)
+        and len(value) > 0
+        and all(each in list(FLOWS) for each in value)
+        and len(set(value)) == len(value)
+    ),
 )
 UNKNOWN = Value(f"no stage but {', '.join(STAGES)}", lambda value: False)
 
 SETTINGS = {  # of glue stages, which compute without torch with these numbers (edge/glue.py)
     "suppress": {"theta": NUMBER, "r": NUMBER},
-    "part_crops": {"shapes": [SIZE], "group_sizes": [SIZE], "kept": [SIZE], "iou_threshold": NUMBER},
-    "result": {"image_size": SIZE, "gamma": NUMBER},
+    "part_crops": {"shapes": [SIZE], "group_sizes": [SIZE], "kept": [SIZE], "iou_threshold": PROBABILITY},
+    "result": {"image_size": SIZE, "gamma": SHARE},
     "key_area_crop": {f"{side}_{what}": [NUMBER] for side in ("height", "width") for what in ("weight", "bias")},
     "key_area_result": {"image_size": SIZE},
 }
@@ -144,7 +152,11 @@ RULES: dict[str, Any] = {
             **dict.fromkeys(("notes", "failures"), Maybe([TEXT])),
         }
     ],
-    "parity": {"passed": BOOLEAN, "failures": [TEXT], "accepted": Maybe(TEXT)},
+    "parity": {
+        **{"passed": BOOLEAN, "failures": [TEXT], "accepted": Maybe(TEXT)},
+        "images": Maybe({"origin": Maybe(TEXT)}),
+    },
+    "reference": {ANY: {ANY: {"edges": [NUMBER], "counts": [COUNT]}}},  # of flows, of quantities (reference.py)
 }
 OF_REPOSITORIES: dict[str, Any] = {  # what they add, or have otherwise
     "target": _one_of("cpu", "gpu"),
@@ -175,6 +187,10 @@ def _words(rule: Any) -> str:
     return "an object" if isinstance(rule, dict) else "a list"
 
 
+def _shown(name: str) -> str:
+    return name if name.isprintable() else repr(name)
+
+
 def _problems(value: Any, rule: Any, key: str) -> Iterator[Problem]:
     """Every part of `value`, whose place is `key`, that is not as `rule` says."""
     if isinstance(rule, Value):
@@ -187,7 +203,7 @@ def _problems(value: Any, rule: Any, key: str) -> Iterator[Problem]:
         yield key, _words(rule), reprlib.repr(value)
     elif isinstance(rule, dict):
         for name, part in (dict.fromkeys(value, rule[ANY]) if ANY in rule else rule).items():
-            place = (f"{key}." if key else "") + (name if name.isprintable() else repr(name))
+            place = (f"{key}." if key else "") + _shown(name)
             if name in value:
                 yield from _problems(value[name], part.rule if isinstance(part, Maybe) else part, place)
             elif not isinstance(part, Maybe):
@@ -195,6 +211,18 @@ def _problems(value: Any, rule: Any, key: str) -> Iterator[Problem]:
     elif not isinstance(rule, Value):
         for index, each in enumerate(value):
             yield from _problems(each, rule[index if isinstance(rule, tuple) else 0], f"{key}[{index}]")
+
+
+def _whole(parts: Mapping[str, Any]) -> Iterator[Problem]:
+    """What belongs to a part as a whole."""
+    for name in parts.get("files", ()):
+        if not name.isprintable():
+            yield f"files.{_shown(name)}", "a name that can be printed", repr(name)
+    if parts.get("weights") == []:
+        yield "weights", "one at least", "[]"
+    parity = parts.get("parity", {})
+    if parity.get("passed") is False and "accepted" not in parity:
+        yield "parity.accepted", f"{TEXT.words}, for it did not pass", NOTHING
 
 
 def _wiring(parts: Mapping[str, Any]) -> Iterator[Problem]:
@@ -223,6 +251,17 @@ def _tables(parts: Mapping[str, Any]) -> Iterator[Problem]:
         for setting, fits, expected in _lengths(name, stage, settings) if settings else ():
             if not fits:
                 yield f"stages.{name}.settings.{setting}", expected, reprlib.repr(settings[setting])
+
+
+def _histograms(parts: Mapping[str, Any]) -> Iterator[Problem]:
+    """References that no histogram of predictions can be held against."""
+    for flow, quantities in parts.get("reference", {}).items():
+        for name, each in quantities.items():
+            place, edges = f"reference.{_shown(flow)}.{_shown(name)}", each["edges"]
+            if not all(map(lt, edges, edges[1:])):
+                yield f"{place}.edges", "each above the one before", reprlib.repr(edges)
+            if len(each["counts"]) != len(edges) + 1:
+                yield f"{place}.counts", f"{len(edges) + 1} of them", reprlib.repr(each["counts"])
 
 
 def _lengths(name: str, stage: Mapping[str, Any], settings: Mapping[str, Any]) -> Iterator[tuple[str, bool, str]]:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 
 from scaphoid.export.artefacts import CONTAINER, PARITY_REPORT, PHANTOMS
+from scaphoid.export.markdown import plain, table
 from scaphoid.export.parity_report import SCORE_NAMES, verdict
 from scaphoid.trainer.flows import FLOWS
 
@@ -22,7 +23,7 @@ def model_card(content: Mapping, report: Mapping) -> str:
         "",
         "## What it is",
         "",
-        *_table(
+        *table(
             ("flow", "steps", "outputs"),
             [(name, " -> ".join(FLOWS[name].stages), ", ".join(FLOWS[name].outputs)) for name in content["flows"]],
         ),
@@ -47,11 +48,11 @@ def model_card(content: Mapping, report: Mapping) -> str:
 
 def _weights(origin: Mapping) -> Iterator[str]:
     config = origin["config"]
-    yield f"## Weights: {origin['file']}"
+    yield f"## Weights: {plain(origin['file'])}"
     yield ""
     yield SYSTEMS[origin["system"]]
     yield ""
-    yield from _table(
+    yield from table(
         ("", ""),
         [
             ("backbone", config["backbone"]),
@@ -91,7 +92,7 @@ def _measured(report: Mapping) -> Iterator[str]:
     ]
     if rows:
         yield ""
-        yield from _table(("flow", "engine", "score", "eager", "engine's"), rows)
+        yield from table(("flow", "engine", "score", "eager", "engine's"), rows)
     if "index" not in report["images"]["origin"]:
         yield ""
         yield "These images serve to compare engines; on drawn radiographs no figure says anything about patients."
@@ -102,8 +103,4 @@ def _limits(content: Mapping) -> Iterator[str]:
         yield "- Weights that learnt from drawn phantoms show on real radiographs that the software runs, no finding."
     yield "- Boxes come from image-level labels. Each has a margin: below the engine's error it may lie elsewhere."
     if content["parity"].get("accepted"):
-        yield f"- These artefacts did not pass their gate; they were accepted: {content['parity']['accepted']}."
-
-
-def _table(header: tuple[str, ...], rows: list[tuple]) -> list[str]:
-    return [f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *rows)]
+        yield f"- These artefacts did not pass their gate; they were accepted: {plain(content['parity']['accepted'])}."

@@ -52,7 +52,9 @@ def main() -> None:
         if missing := set(FLOWS[arguments.flow].stages) - set(stages):
             raise ValueError(f"{arguments.weights} has no stage {missing.pop()}: name the weights of {arguments.flow}")
         manifest["flows"] = [arguments.flow]
+        quantized = manifest.pop("quantization", [])  # its failures are of another day, and of all flows
         report = hold(arguments.artefacts, manifest, stages, of_files(arguments.images))
+        report["notes"] = [note for each in quantized for note in each.get("notes", ())] + report["notes"]
     except (ManifestError, OSError, ValueError) as error:
         sys.exit(f"parity: {error}")
     for part in tables(report):

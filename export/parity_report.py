@@ -1,12 +1,13 @@
 """The gate's report to read: tables for a terminal and for `parity.md`, from the same rows."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 from rich.markup import escape
 from rich.table import Table
 
 from scaphoid.export.manifest import FIGURES
+from scaphoid.export.markdown import table as markdown_table
 
 SCORE_NAMES = {
     "auroc": "AUROC",
@@ -162,10 +163,9 @@ def markdown(report: dict) -> str:
     lines += [f"- {line}" for line in (*report["notes"], *report["failures"])]
     for title, header, rows in _all_rows(report):
         if rows:
-            lines += ["", f"## {title}", "", _line(header), _line("---" for _ in header), *map(_line, rows)]
-    lines += ["", "Radiographs are numbered from 1 as they stand in the index. The tolerances are in parity.json."]
+            lines += ["", f"## {title}", "", *markdown_table(header, rows)]
+    lines += [
+        "",
+        "Images are numbered from 1, as they stand in the index. The tolerances are in parity.json.",
+    ]
     return "\n".join(lines) + "\n"
-
-
-def _line(cells: Iterable[str]) -> str:
-    return f"| {' | '.join(' '.join(cell.split()).replace('|', chr(92) + '|') for cell in cells)} |"

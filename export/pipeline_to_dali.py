@@ -1,4 +1,5 @@
-"""Preprocessing to the `model.dali` that Triton's DALI backend loads: the same size gives the same bytes."""
+"""Preprocessing to the `model.dali` that Triton's DALI backend loads: the same size gives the same bytes, on every
+machine."""
 
 from pathlib import Path
 

@@ -7,7 +7,7 @@ ranges and places the pairs. Weights use 7 of the 8 bits: a CPU without VNNI add
 overflow silently with 8 (relative map error 0.5 instead of 0.1 on the demo's KALM).
 
 Accuracy comes first: when a flow of the quantised stages misses its bar, the layers that do most harm alone stay fp32,
-as few of them as let it pass.
+about as few of them as let it pass.
 """
 
 import copy
@@ -166,8 +166,9 @@ class Round:
 def search(
     stages: Mapping[str, Quantized], measure: Callable[[Mapping[str, ModelProto]], Figures]
 ) -> tuple[dict[str, ModelProto], list[Round]]:
-    """Leave as few stretches in fp32 as `measure` lets pass: none, or the most harmful of all stages, their number
-    found by bisection. The last round is the result, whether or not it passed."""
+    """Leave about as few stretches in fp32 as `measure` lets pass: none, or the most harmful of all stages, their
+    number found by bisection, which misses a smaller one that passes where more stretches can do worse than fewer. The
+    last round is the result: the one with the fewest in fp32 of those that passed, if any did."""
     rounds: list[Round] = []
 
     def passes(stretches: Iterable[tuple[str, tuple[str, ...]]]) -> bool:

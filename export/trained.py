@@ -13,6 +13,7 @@ from scaphoid.trainer.checkpoint import Model, read_metadata
 from scaphoid.trainer.flows import FLOWS, Flow
 
 BEST = "best.safetensors"  # what scaphoid-train calls a run's best checkpoint
+LICENCE = "licence"  # of the weights, in their metadata
 
 
 class ExportError(Exception):
@@ -41,6 +42,9 @@ def load_trained(weights: list[Path]) -> Trained:
     trained = None
     for path in map(weights_file, weights):
         model = load_served(path)
+        for name, tensor in model.state_dict().items():
+            if not tensor.isfinite().all():
+                raise ExportError(f"{path}: {name} has numbers that are not finite: export an earlier checkpoint")
         size, stages = model.config.image_size, model.stages()
         trained = trained or Trained(size)
         if size != trained.image_size:
@@ -71,6 +75,9 @@ def origin(path: Path, model: Model, stages: Mapping[str, nn.Module]) -> dict:
     """What the manifest says of one weights file: the flows that run on it, and what its metadata tell: `phantoms`, the
     generator's version, when it was trained on drawn radiographs; threshold and licence."""
     facts = read_metadata(path)
+    for key in (LICENCE, PHANTOMS):
+        if not isinstance(facts.get(key, ""), str):
+            raise ExportError(f"{path}: the {key} in its metadata is {facts[key]!r}, expected text")
     threshold = facts.get("threshold", 0.5)
     if isinstance(threshold, bool) or not isinstance(threshold, int | float) or not 0 <= threshold <= 1:
         raise ExportError(f"{path}: the threshold in its metadata is {threshold!r}, expected a number from 0 to 1")
@@ -83,7 +90,7 @@ def origin(path: Path, model: Model, stages: Mapping[str, nn.Module]) -> dict:
         "threshold": threshold,
         "threshold_from": "the weights file" if "threshold" in facts else "the default: none was fitted",
         "probability_calibration": None,
-        "licence": facts.get("licence", "not stated in the weights file"),
+        "licence": facts.get(LICENCE, "not stated in the weights file"),
         **{key: value for key, value in facts.items() if key == PHANTOMS},
     }
 

@@ -86,8 +86,9 @@ def _parser() -> argparse.ArgumentParser:
     memory.add_argument("--threads", type=_between(int, 1, 1024), default=2, help="that decode at once")
     bundle = command("bundle", _bundle, "artefacts", "out")
     bundle.add_argument(
-        "--precision", default="f16", choices=["f32", "f16"], help="which ONNX the engines are built from"
+        "--precision", default="f16", choices=["f32", "f16", "int8"], help="which ONNX the engines are built from"
     )
+    bundle.add_argument("--python", default="3.10", choices=["3.10", "3.11", "3.12"], help="the device's")
     bundle.add_argument("--no-wheels", action="store_true", help="download nothing: the device has numpy and Pillow")
     command("add", lambda asked: print(versions.add(asked.root, asked.artefacts).name), "root", "artefacts")
     command("use", lambda asked: print(versions.use(asked.root, asked.version).name), "root").add_argument("version")
@@ -131,7 +132,7 @@ def _memory(asked: argparse.Namespace) -> None:
 def _bundle(asked: argparse.Namespace) -> None:
     from scaphoid.export.edge.bundle import bundle
 
-    for line in bundle(asked.artefacts, asked.out, asked.precision, wheels=not asked.no_wheels):
+    for line in bundle(asked.artefacts, asked.out, asked.precision, not asked.no_wheels, asked.python):
         print(line)
 
 

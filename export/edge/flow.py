@@ -167,20 +167,33 @@ def _tensorrt(artefacts: Path, manifest: Mapping, flow: str, threads: int) -> Ca
     from scaphoid.export.edge.cuda_plan import CudaPlan
     from scaphoid.export.edge.cuda_runtime import CudaRuntime
     from scaphoid.export.edge.tensorrt_engine import TensorrtEngine
-    from scaphoid.export.tensorrt_engines.build_engines import PRECISIONS, BuildError, no_onnx, onnx_file
+    from scaphoid.export.tensorrt_engines.build_engines import BuildError
     from scaphoid.export.tensorrt_engines.load_engines import EngineError, load_engine
 
     runtime, library = CudaRuntime(), load_library()
-    stages = encoders(flow)
-    present = [each for each in PRECISIONS if onnx_file(stages[0], each) in manifest["files"]]
-    if not present:
-        raise ManifestError(no_onnx(artefacts, stages[0], PRECISIONS[0]))
+    stages, folder = encoders(flow), artefacts.parent / "engines"
     try:
-        loaded = {name: load_engine(artefacts, artefacts.parent / "engines", name, present[0]) for name in stages}
+        precision = built_precision(artefacts, folder, manifest, stages[0])
+        loaded = {name: load_engine(artefacts, folder, name, precision) for name in stages}
     except (BuildError, EngineError) as error:
         raise OpError(str(error)) from None
     engines = {name: TensorrtEngine(engine, name, runtime.stream) for name, engine in loaded.items()}
     return lambda wanted, batch: CudaPlan(flow, manifest, wanted, batch, library, engines, runtime)
+
+
+def built_precision(artefacts: Path, engines: Path, manifest: Mapping, stage: str) -> str:
+    """What `engines` were built in from the ONNX of the artefacts: f16 before f32 before int8. Without engines of
+    theirs the first of which there is an ONNX, for loading to say what is missing. Raises ManifestError without ONNX,
+    BuildError for a damaged list of engines."""
+    from scaphoid.export.tensorrt_engines.build_engines import PRECISIONS, no_onnx, onnx_file, read_entries
+
+    present = [each for each in PRECISIONS if onnx_file(stage, each) in manifest["files"]]
+    if not present:
+        raise ManifestError(no_onnx(artefacts, stage, PRECISIONS[0]))
+    keys = [entry["key"] for entry in read_entries(engines).values() if entry["stage"] == stage]
+    built = {(key["precision"], key["onnx"]) for key in keys}
+    fitting = [each for each in present if (each, manifest["files"][onnx_file(stage, each)]) in built]
+    return [*fitting, *present][0]
 
 
 BACKENDS = {"openvino": _openvino, "tensorrt": _tensorrt}

@@ -19,7 +19,7 @@ from scaphoid.export.tensorrt_engines.build_engines import no_onnx
 from scaphoid.trainer.data.header import MAX_PIXELS
 from scaphoid.trainer.flows import FLOWS
 
-FLOAT_BYTES = {"f32": 4, "f16": 2, "bf16": 2}
+FLOAT_BYTES = {"f32": 4, "f16": 2, "bf16": 2, "int8": 4}  # int8: of what stays a float
 DECODED_BYTES = 13  # a pixel while it is decoded, at most: CMYK as stored, turned upright, as colour, as grey
 MIB = 2**20
 
@@ -69,12 +69,14 @@ def _model(artefacts: Path, stage: str) -> Any:
 
 def _bytes(port: Any, precision: str) -> int:
     kind = port.get_element_type()
-    each = FLOAT_BYTES[precision] if kind.is_real() else max(1, kind.bitwidth // 8)
+    quantized = kind.get_type_name() in ("i8", "u8")
+    stands_for_float = kind.is_real() or (quantized and precision != "int8")
+    each = FLOAT_BYTES[precision] if stands_for_float else max(1, kind.bitwidth // 8)
     return int(np.prod(tuple(port.get_shape()), dtype=np.int64)) * each
 
 
 def weight_bytes(model: Any, precision: str) -> int:
-    """Bytes of a model's constants, floats in `precision`."""
+    """Bytes of a model's constants, floats in `precision`, and those that it holds in 8 bits for floats too."""
     constants = (op for op in model.get_ops() if op.get_type_name() == "Constant")
     return sum(_bytes(op.output(0), precision) for op in constants)
 

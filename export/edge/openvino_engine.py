@@ -1,7 +1,7 @@
 """An encoder on a CPU: OpenVINO, without torch; how every process here compiles it."""
 
 from collections.abc import Mapping
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,15 @@ def compiled(path: Path, precision: str, threads: int = 0) -> ov.CompiledModel:
     options: dict[str, object] = {"INFERENCE_PRECISION_HINT": HINTS[precision], "PERFORMANCE_HINT": "LATENCY"}
     if threads:
         options["INFERENCE_NUM_THREADS"] = threads
-    return ov.Core().compile_model(str(path), "CPU", options)
+    return _core().compile_model(str(path), "CPU", options)
+
+
+@cache
+def _core() -> ov.Core:
+    """One for the process: each sets the stack that signals are handled on (where the CPU has AMX), and when several
+    end in another order than they began, it stays set to memory that is gone: the next signal is a segmentation fault.
+    """
+    return ov.Core()
 
 
 class OpenVinoEngine:

@@ -14,6 +14,7 @@ Not run on hardware. `--compile-check` runs all of it but the GPU, with TensorRT
 import argparse
 import ctypes
 import errno
+import fcntl
 import hashlib
 import importlib
 import json
@@ -22,7 +23,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -31,6 +33,7 @@ ARTEFACTS_MANIFEST = "manifest.json"
 MANIFEST = "engines.json"  # of a folder of engines
 FORMAT = "scaphoid.engines/1"
 TIMING_CACHE = "timing.cache"
+LOCK = ".lock"
 BATCHES = (1, 4, 8)  # images, in every stage (parts_encoder folds each one's windows itself): smallest, best, largest
 PRECISIONS = ("f16", "f32", "int8")
 WORKSPACE = 2048  # MiB of scratch memory that a layer may ask for
@@ -188,7 +191,7 @@ def read_entries(engines: Path) -> dict[str, dict]:
     try:
         entries = dict(json.loads(path.read_text())[FORMAT])
         whole = all(set(entry) >= ENTRY and set(entry["key"]) >= KEY for entry in entries.values())
-    except (ValueError, LookupError, TypeError):
+    except (ValueError, LookupError, TypeError, RecursionError):
         whole = False
     if not whole:
         raise BuildError(f"{path} lists no {FORMAT}: remove it and build again")
@@ -204,10 +207,27 @@ def replace(path: Path, content: bytes) -> None:
         partial.unlink(missing_ok=True)
 
 
+@contextmanager
+def alone_in(engines: Path) -> Iterator[None]:
+    """Waits until no other build writes there: each writes the whole list, and would lose what another has added."""
+    with open(engines / LOCK, "a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"another build writes into {engines}: waiting for its end", flush=True)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 def build_all(jobs: Sequence[Job], engines: Path, build: Build, workspace: int = WORKSPACE) -> bool:
     """Build what `engines` does not hold yet, one after the other; one that fails leaves the others alone. Says in a
     line what became of each, and returns whether all are there."""
     engines.mkdir(parents=True, exist_ok=True)
+    with alone_in(engines):
+        return _build_missing(jobs, engines, build, workspace)
+
+
+def _build_missing(jobs: Sequence[Job], engines: Path, build: Build, workspace: int) -> bool:
     entries, complete = read_entries(engines), True
     for job in jobs:
         path, known = engines / job.file, entries.get(job.file)
@@ -346,6 +366,9 @@ def main() -> None:
             return build_here(request)
         except (BuildError, OSError) as error:
             sys.exit(_reason(error, Path(request["plan"]).parent))
+        except MemoryError:
+            print("out of memory")
+            sys.exit(GAVE_UP)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("artefacts", type=Path, help="folder that scaphoid-export wrote with --formats onnx")
     parser.add_argument("engines", type=Path, help="folder for the engines; those that fit are kept")

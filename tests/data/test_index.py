@@ -84,6 +84,15 @@ def test_errors_name_file_line_column_and_what_was_expected(tmp_path, column, ce
     assert repr(cell) in message
 
 
+@pytest.mark.parametrize("cell", ["[" * 100_000, f"[[0, 0, 1, {'9' * 400}]]"])
+def test_boxes_too_deep_or_too_large_are_refused_in_a_short_line(tmp_path, cell):
+    path = write_index(Index(tmp_path, (dataclasses.replace(ABNORMAL, boxes=None),)))
+    path.write_text(path.read_text().replace(",,101,", f',"{cell}",101,'))
+    with pytest.raises(InvalidIndexError, match=r"line 2, column boxes: expected nothing, or a JSON list") as error:
+        read_index(path)
+    assert len(str(error.value)) < 1000
+
+
 def test_boxes_of_a_normal_radiograph_are_refused(tmp_path):
     path = write_index(Index(tmp_path, (dataclasses.replace(ABNORMAL, label=0),)))
     with pytest.raises(InvalidIndexError, match="label is 0"):

@@ -3,6 +3,7 @@
 `python tests/data/test_phantom.py` renews the golden values, after GENERATOR_VERSION was raised.
 """
 
+import errno
 import json
 from pathlib import Path
 
@@ -89,6 +90,13 @@ def test_an_image_depends_on_nothing_but_its_own_number(tmp_path):
         assert few.path(a).read_bytes() == more.path(b).read_bytes()
     other = render(plan_study(10, 0, SMALL), 0, SMALL)
     assert (other.image != render(plan_study(9, 0, SMALL), 0, SMALL).image).any()
+
+
+def test_a_full_disk_gives_the_systems_reason_and_the_file(tmp_path, monkeypatch):
+    monkeypatch.setattr("scaphoid.trainer.data.phantom.generate.image_path", lambda *_: "/dev/full")
+    with pytest.raises(OSError, match=r"No space left on device: '/dev/full'") as error:
+        generate(tmp_path, 1, seed=9, options=SMALL)
+    assert error.value.errno == errno.ENOSPC
 
 
 def test_mura_reader_reads_what_was_drawn(tmp_path):

@@ -120,11 +120,12 @@ def test_an_unknown_backbone_and_a_file_that_is_no_model(monkeypatch, tmp_path):
     assert "is not a safetensors file written by scaphoid-train" in refused(monkeypatch, weights, tmp_path / "out")
 
 
-def test_preprocessing_holds_no_path_of_this_machine_and_is_the_same_twice(tmp_path):
+def test_preprocessing_holds_no_path_of_this_machine_and_is_the_same_on_every_one(tmp_path, monkeypatch):
     pytest.importorskip("nvidia.dali")
     from scaphoid.export.pipeline_to_dali import pipeline_to_dali
 
-    for name in ("a", "b"):
+    for name, cores in (("a", {0}), ("b", set(range(8)))):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _, cores=cores: cores)
         pipeline_to_dali(tmp_path / name, 96, 2)
     content = (tmp_path / "a").read_bytes()
     assert content == (tmp_path / "b").read_bytes()
@@ -200,7 +201,8 @@ def test_links_and_special_files_do_not_verify(folder, tmp_path):
         verify(folder)
 
 
-def test_earlier_artefacts_stay_when_the_new_ones_cannot_take_their_place(tmp_path, monkeypatch):
+@pytest.mark.parametrize("error", [OSError(16, "Device or resource busy"), KeyboardInterrupt("busy")])
+def test_earlier_artefacts_stay_when_the_new_ones_cannot_take_their_place(error, tmp_path, monkeypatch):
     out, partial = tmp_path / "out", tmp_path / "out.partial"
     for each in (out, partial):
         each.mkdir()
@@ -211,12 +213,12 @@ def test_earlier_artefacts_stay_when_the_new_ones_cannot_take_their_place(tmp_pa
 
     def busy(path, target):
         if path == partial:
-            raise OSError(16, "Device or resource busy")
+            raise error
         return rename(path, target)
 
     monkeypatch.setattr(Path, "rename", busy)
     report = {"passed": True, "images": {}, "notes": [], "failures": [], "reference": {}}
-    with pytest.raises(OSError, match="busy"):
+    with pytest.raises(type(error), match="busy"):
         publish_module.publish(partial, out, {}, report)
     assert [each.name for each in out.iterdir()] == ["earlier"]
     assert sorted(each.name for each in tmp_path.iterdir() if each.name.startswith("out")) == ["out", "out.partial"]
@@ -227,3 +229,74 @@ def test_a_threshold_is_a_probability(threshold, tmp_path, monkeypatch):
     monkeypatch.setattr(trained_module, "read_metadata", lambda path: {"threshold": threshold})
     with pytest.raises(trained_module.ExportError, match=r"weights\.safetensors: the threshold .* from 0 to 1"):
         trained_module.origin(tmp_path / "weights.safetensors", None, {})
+
+
+@pytest.mark.parametrize(("key", "value"), [("licence", 5), ("licence", None), ("phantoms", 7)])
+def test_what_metadata_tell_is_text(key, value, tmp_path, monkeypatch):
+    monkeypatch.setattr(trained_module, "read_metadata", lambda path: {key: value})
+    with pytest.raises(trained_module.ExportError, match=rf"weights\.safetensors: the {key} .* {value}, expected text"):
+        trained_module.origin(tmp_path / "weights.safetensors", None, {})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda out: write_manifest(out, {"flows": ["kalm"], "version": 3}), "is a model repository"),
+        (
+            lambda out: (out / "encoder" / "thesis.tex").touch(),
+            r"holds encoder/thesis\.tex, which its",
+        ),
+        (lambda out: (out / "link").symlink_to(out.parent), "holds link, which its manifest does not list"),
+        (lambda out: (out / MANIFEST).write_text("[]"), "holds no artefacts .*lists no files"),
+        (lambda out: (out / MANIFEST).unlink(), "holds no artefacts"),
+    ],
+    ids=["repository", "user's file", "user's link", "another's manifest", "no manifest"],
+)
+def test_what_is_not_artefacts_is_not_replaced(folder, change, message):
+    change(folder)
+    before = sorted(folder.rglob("*"))
+    with (
+        pytest.raises(trained_module.ExportError, match=f"{message}.*: choose another --out"),
+        publish_module.partial_of(folder),
+    ):
+        pass
+    assert sorted(folder.rglob("*")) == before
+    assert not folder.with_name(folder.name + publish_module.PARTIAL).exists()
+
+
+def test_damaged_artefacts_may_be_replaced_and_what_a_killed_export_left_is_not_in_the_way(folder):
+    tamper(folder / "encoder" / "model.bin")
+    (folder / "parity.json").unlink()
+    left = folder.with_name(folder.name + publish_module.PARTIAL) / "encoder"
+    left.mkdir(parents=True)
+    with publish_module.partial_of(folder) as partial:
+        assert list(partial.iterdir()) == []
+        (partial / "half").touch()
+    assert not partial.exists()
+
+
+def test_a_second_export_into_the_same_folder_is_refused_and_harms_nothing(tmp_path):
+    out = tmp_path / "artefacts"
+    with publish_module.partial_of(out) as partial:
+        (partial / "encoder").touch()
+        with (
+            pytest.raises(trained_module.ExportError, match="another process exports into it"),
+            publish_module.partial_of(out),
+        ):
+            pass
+        with publish_module.partial_of(tmp_path / "others"):
+            pass
+        assert (partial / "encoder").exists()
+        partial.rename(out)
+        with publish_module.partial_of(tmp_path / "artefacts2") as other:
+            pass
+    assert [each.name for each in tmp_path.iterdir()] == [out.name]
+    assert not other.exists()
+
+
+def test_artefacts_that_a_killed_export_had_put_aside_come_back(folder):
+    aside = folder.with_name(folder.name + publish_module.EARLIER)
+    folder.rename(aside)
+    with publish_module.partial_of(folder):
+        assert verify(folder)["flows"] == ["kalm"]
+    assert not aside.exists()

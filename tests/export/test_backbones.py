@@ -22,6 +22,9 @@ from scaphoid.trainer.models.backbone import PACKAGED, create_encoder  # noqa: E
 STAGE = STAGES["encoder"]
 SMALL = [pytest.param(name, 161, marks=pytest.mark.slow) for name in ("resnet18", "tf_efficientnet_lite0")]
 UNTRAINED_F16 = 0.25  # random weights amplify rounding, trained ones do not: the gate holds those to less
+# Means, calibrated on two pictures: at most 0.22, 0.05 and 0.10 were measured; a mirrored picture moves the maps by
+# 0.09 and 0.16 at least.
+UNTRAINED_INT8 = {"logits": 0.3, "activation": 0.07, "class_activation": 0.13}
 NAMES = ("resnet18", "resnet50", "vgg16", "inception_v4", "tf_efficientnet_lite0")
 PAPERS = [pytest.param(name, 448, marks=[pytest.mark.slow, pytest.mark.thorough]) for name in NAMES]
 
@@ -63,16 +66,19 @@ def test_every_format_of_an_encoder(backbone, size, tmp_path):
             with torch.no_grad():
                 outputs = form.load(path, STAGE, precision, 1)(images)
             errors = {
-                tensor.name: errors_of(tensor.name, a.numpy(), b.numpy()).max()
+                tensor.name: errors_of(tensor.name, a.numpy(), b.numpy())
                 for tensor, a, b in zip(STAGE.outputs, expected, outputs, strict=True)
             }
             size_mib = sum(each.stat().st_size for each in tmp_path.glob(f"{path.stem}.*")) / 2**20
-            figures = ", ".join(f"{name} {error:.1e}" for name, error in errors.items())
+            figures = ", ".join(f"{name} {each.max():.1e} mean {each.mean():.1e}" for name, each in errors.items())
             figures += f"; {size_mib:.1f} MiB, {seconds:.1f} s"
             print(f"\n{backbone} {size}, {path.name}: {figures}", end="", flush=True)
-            for error in errors.values():
-                limit = UNTRAINED_F16 if precision == "f16" else at_most(STAGE, precision)[0]
-                assert limit is None or error <= limit, path.name
+            for name, each in errors.items():
+                if precision == "int8":
+                    assert each.mean() <= UNTRAINED_INT8[name], path.name
+                else:
+                    limit = UNTRAINED_F16 if precision == "f16" else at_most(STAGE, precision)[0]
+                    assert each.max() <= limit, path.name
 
 
 @pytest.mark.skipif(not rtx_compile_check.available(), reason=rtx_compile_check.MISSING)
@@ -87,6 +93,7 @@ def test_rtx_compile_check_of_an_encoder(backbone, size, tmp_path):
             print(f"\n{found}", end="")
             assert not found.error
             assert ("HALF" in found.precisions) == (suffix == ".f16.onnx")
+            assert ("INT8" in found.precisions) == (suffix == ".int8.onnx")
 
 
 def test_half_precision_leaves_the_first_layers_of_an_efficientnet_in_fp32():

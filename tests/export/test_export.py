@@ -1,6 +1,8 @@
 import io
+import signal
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,12 +11,15 @@ from PIL import Image
 torch = pytest.importorskip("torch")
 pytest.importorskip("scaphoid.kernels.library")
 
+from openvino.frontend import OpConversionFailure  # noqa: E402
 from torch import nn  # noqa: E402
 
+from scaphoid.export import model_card  # noqa: E402
 from scaphoid.export.artefacts import OPS_LIBRARY, ManifestError, verify  # noqa: E402
 from scaphoid.export.doors import Door, DoorError, check_door  # noqa: E402
-from scaphoid.export.export import ExportError, export  # noqa: E402
+from scaphoid.export.export import ExportError, export, export_stage  # noqa: E402
 from scaphoid.export.flow_parity import Parity, answers  # noqa: E402
+from scaphoid.export.formats import FORMATS  # noqa: E402
 from scaphoid.export.precision import PRECISIONS, effective_precision, fallback  # noqa: E402
 from scaphoid.export.runner import OpenVinoStage, Runner, eager_stages, load_served  # noqa: E402
 from scaphoid.export.torch_to_openvino import torch_to_openvino  # noqa: E402
@@ -104,6 +109,72 @@ def test_a_plain_classifier_is_refused_with_the_way_on(tmp_path):
     save_model(weights, Plain(PlainConfig("test_resnet", image_size=64)))
     with pytest.raises(ValueError, match=r"plain\.safetensors is a plain classifier.*--start"):
         export([weights], tmp_path / "artefacts")
+
+
+def test_weights_that_are_not_finite_are_named(tmp_path):
+    model = Kalm(KalmConfig("test_resnet", image_size=96, key_size=64))
+    name, weight = next(iter(model.named_parameters()))
+    weight.data.view(-1)[3] = float("nan")
+    save_model(tmp_path / "kalm.safetensors", model)
+    with pytest.raises(ExportError, match=rf"kalm\.safetensors: {name} has numbers that are not finite"):
+        export([tmp_path / "kalm.safetensors"], tmp_path / "artefacts")
+    assert [each.name for each in tmp_path.iterdir()] == ["kalm.safetensors"]
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, OpConversionFailure])
+def test_a_converter_that_fails_names_the_stage(kind, tmp_path, monkeypatch):
+    def failing(*_):
+        raise kind("Check 'false' failed\n\nSummary:\n-- Conversion is failed for: aten::avg_pool2d\n\n")
+
+    monkeypatch.setitem(FORMATS, "openvino", replace(FORMATS["openvino"], write=failing))
+    with pytest.raises(ExportError) as error:
+        export_stage(STAGES["encoder"], None, (), tmp_path, 32, [])
+    said = "encoder cannot be written as openvino for images of 32 pixels: Conversion is failed for: aten::avg_pool2d"
+    assert str(error.value) == said
+
+
+def test_a_licence_is_no_markup_in_the_model_card():
+    origin = {
+        **{"file": "kalm.safetensors", "system": "kalm", "sha256": "0", "threshold": 0.5, "threshold_from": "x"},
+        **{"config": {"backbone": "test_resnet", "image_size": 96}, "licence": "x\n# PASSED\n| a |\x1b[31m<script>"},
+    }
+    said = "\n".join(model_card._weights(origin))
+    assert "| licence | x # PASSED \\| a \\| \\[31m\\<script> |" in said
+
+
+LATE = """
+import os, signal, sys
+from scaphoid.export import export, gate
+
+where, number, weights, out = sys.argv[1:]
+module = {"report_of": gate, "publish": export}[where]
+honest = getattr(module, where)
+
+
+def interrupted(*arguments):
+    os.kill(os.getpid(), int(number))
+    return honest(*arguments)
+
+
+setattr(module, where, interrupted)
+sys.argv = ["scaphoid-export", weights, "--out", out, "--gate-images", "1"]
+export.main()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("where", "number"), [("report_of", signal.SIGTERM), ("publish", signal.SIGINT)])
+def test_an_interruption_after_the_engines_have_run_is_one_line(where, number, tmp_path):
+    """A real signal: it comes on the stack that OpenVINO has set."""
+    weights = tmp_path / "kalm.safetensors"
+    save_model(weights, Kalm(KalmConfig("test_resnet", image_size=96, key_size=64)))
+    command = [sys.executable, "-c", LATE, where, str(int(number)), str(weights), str(tmp_path / "artefacts")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stderr.splitlines()[-1:]) == (
+        1,
+        ["scaphoid-export: interrupted, nothing was published"],
+    )
+    assert [each.name for each in tmp_path.iterdir()] == [weights.name]
 
 
 def png(seed: int) -> bytes:

@@ -15,7 +15,8 @@ from scaphoid.export.format_parity import Errors, ExportedStage  # noqa: E402
 from scaphoid.export.formats import FORMATS  # noqa: E402
 from scaphoid.export.gate_images import PHANTOMS, GateImages, gate_images, of_files  # noqa: E402
 from scaphoid.export.manifest import FIGURES  # noqa: E402
-from scaphoid.export.parity_report import _line, markdown  # noqa: E402
+from scaphoid.export.markdown import table  # noqa: E402
+from scaphoid.export.parity_report import markdown  # noqa: E402
 from scaphoid.export.pipeline_to_dali import pipeline_to_dali  # noqa: E402
 from scaphoid.export.publish import REJECTED, GateError  # noqa: E402
 from scaphoid.export.runner import PREPROCESS_BATCH  # noqa: E402
@@ -34,7 +35,7 @@ def test_the_gates_phantoms_are_nobody_elses():
     first, again = gate_images(3), gate_images(3)
     assert first.encoded == again.encoded
     assert len(first.radiographs) == 3
-    assert first.names == first.places == ["phantom 0", "phantom 1", "phantom 2"]
+    assert first.names == first.places == ["phantom 1", "phantom 2", "phantom 3"]
     assert "52561" in first.origin
     with pytest.raises(ValueError, match="--gate-images: expected at least 1, got 0"):
         gate_images(0)
@@ -92,7 +93,8 @@ def test_int8_that_missed_its_bar_fails_and_the_report_tells_all_of_it():
 
 
 def test_a_name_does_not_break_the_report():
-    assert _line(["a|b", "c\nd", ""]) == "| a\\|b | c d |  |"
+    *_, row = table(("", "", ""), [("a|b", "c\nd\x1b[1m", "<i>")])
+    assert row == "| a\\|b | c d \\[1m | \\<i> |"
 
 
 class Stub:

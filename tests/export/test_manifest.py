@@ -55,7 +55,8 @@ def manifest() -> dict:
         "formats": ["torchscript", "openvino"],
         "stages": stages,
         "quantization": [quantized | {"rounds": [{**figures, "fp32_layers": layers}], "notes": [], "failures": []}],
-        "parity": {"passed": False, "failures": ["kappa"], "accepted": "a trial"},
+        "parity": {"passed": False, "failures": ["kappa"], "accepted": "a trial", "images": {"origin": "phantoms"}},
+        "reference": {"msfm": {"margin": {"edges": [0.1, 2], "counts": [5, 0, 9]}}},
     }
 
 
@@ -73,10 +74,10 @@ def put(content: dict, place: str, value: object) -> None:
 
 LOST = object()
 EDITS = {
-    "flows": [None, [], "msfm", ["unknown"], [["msfm"]], 3],
+    "flows": [None, [], "msfm", ["unknown"], [["msfm"]], ["kalm", "kalm"], 3],
     "precision": [None, "zz", ["f32"], "f16"],
     "image_size": [None, "x", -3, 0, 1.5, True, 10**400, 161],
-    "weights": [None, {}, "x"],
+    "weights": [None, {}, "x", []],
     "weights[0]": [None, []],
     "weights[0].sha256": [LOST, 5],
     "weights[0].flows": ["kalm"],
@@ -102,7 +103,9 @@ EDITS = {
     "stages.part_crops.settings.shapes": [LOST, [], [2, 2], [2, 2, 3, 2, 6, 4], [2, 2, 3, 2, 4, -4], 3],
     "stages.part_crops.settings.group_sizes": [[0, 1], "x"],
     "stages.part_crops.settings.kept": [[3], [3, 3], [3, 4.0]],
+    "stages.part_crops.settings.iou_threshold": [-0.1, 1.1],
     "stages.result.settings.image_size": [161, LOST],
+    "stages.result.settings.gamma": [-0.5, 0],
     "stages.key_area_crop.settings.width_weight": [[0] * 5, [0] * 7, [], [None] * 6, LOST],
     "stages.key_area_crop.settings.width_bias": [[], [0, 0]],
     "quantization": [{}],
@@ -111,7 +114,14 @@ EDITS = {
     "parity": [None, [], True],
     "parity.passed": [LOST, "yes"],
     "parity.failures": [LOST, "kappa", [1]],
-    "parity.accepted": [1],
+    "parity.accepted": [1, LOST],
+    "parity.images": ["x", None],
+    "parity.images.origin": [5],
+    "reference": ["x", [], None],
+    "reference.msfm": ["x", []],
+    "reference.msfm.margin": [[], {}],
+    "reference.msfm.margin.edges": ["x", LOST, [0.1, float("nan")], [2, 0.1], [2, 2]],
+    "reference.msfm.margin.counts": [[5, 9], [5, 0, -1], [5, 0, 9.0], LOST],
 }
 CASES = [(place, value) for place, values in EDITS.items() for value in values]
 
@@ -143,6 +153,12 @@ def test_a_stage_of_another_version_is_named(manifest, tmp_path, name):
     with pytest.raises(ManifestError, match="expected no stage but preprocess") as error:
         check(tmp_path / MANIFEST, manifest)
     assert "\n" not in str(error.value)
+
+
+def test_a_file_whose_name_would_move_the_cursor_is_refused_and_shown_as_text(tmp_path):
+    with pytest.raises(ManifestError, match="expected a name that can be printed") as error:
+        check(tmp_path / MANIFEST, {"files": {"card\n\x1b[2J.md": "ab"}})
+    assert str(error.value).isprintable()
 
 
 def test_a_part_that_is_missing_is_missed_by_who_asks_for_it(tmp_path):

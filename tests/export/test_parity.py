@@ -1,4 +1,6 @@
 import json
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -6,10 +8,13 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("scaphoid.kernels.library")
 
+from scaphoid.export import parity as command  # noqa: E402
 from scaphoid.export.flow_parity import Parity  # noqa: E402
-from scaphoid.export.format_parity import OutputError, errors_of  # noqa: E402
+from scaphoid.export.format_parity import Engine, Errors, OutputError, errors_of  # noqa: E402
+from scaphoid.export.gate import report_of  # noqa: E402
+from scaphoid.export.gate_images import GateImages  # noqa: E402
 from scaphoid.export.tolerances import DECIDING_PIXELS, EXACT, TOLERANCES, at_most, precision_of  # noqa: E402
-from scaphoid.trainer.contracts import STAGES  # noqa: E402
+from scaphoid.trainer.contracts import ACTIVATION, STAGES  # noqa: E402
 from scaphoid.trainer.data.index import Radiograph  # noqa: E402
 from scaphoid.trainer.flows import FLOWS  # noqa: E402
 
@@ -125,6 +130,43 @@ def test_glue_is_exact_whatever_the_encoders_compute_in():
     assert {at_most(STAGES["key_area_crop"], precision) for precision in TOLERANCES} == {(EXACT, None)}
     assert at_most(STAGES["encoder"], "f32") == (1e-4, None)
     assert at_most(STAGES["encoder"], "int8") == (None, None)
+
+
+def test_a_file_of_the_int8_set_that_is_not_in_int8_is_held_to_full_precision_under_its_sets_name(
+    tmp_path, monkeypatch
+):
+    flow, asked = FLOWS["msfm_fma"], []
+    (tmp_path / "file").touch()
+    form = SimpleNamespace(name="onnx", kinds=("encoder",), path=lambda *_: tmp_path / "file")
+    form.load = lambda path, stage, precision, threads: asked.append((stage.name, precision))
+    monkeypatch.setattr("scaphoid.export.format_parity.load_stage", lambda *_: None)
+    stages = Engine(form, ".int8.onnx", "int8").stages(tmp_path, flow, {}, 1)
+    assert {("fma_encoder", "f32"), ("encoder", "int8")} <= set(asked)
+    errors, map_ = Errors(), torch.ones(1, 10, 10)
+    stage = replace(stages["fma_encoder"], stage=replace(STAGES["fma_encoder"], outputs=(ACTIVATION,)))
+    errors.add(replace(stage, precision="f32"), [map_], [map_])
+    errors.add(stage, [map_], [map_ + 0.01])
+    full, int8 = errors.rows.values()
+    assert full.failure == ""
+    assert int8.failure == "fma_encoder, onnx int8: activation differs by 0.01, at most 0.0001"
+
+
+def test_the_command_judges_what_it_runs_and_repeats_the_notes_of_quantising(tmp_path, monkeypatch, capsys):
+    quantized = {"flow": "msfm", "notes": ["fma_encoder stays"], "failures": ["kappa differs"]}
+    manifest = {"flows": ["msfm", "kalm"], "precision": "int8", "formats": [], "quantization": [quantized]}
+    model = SimpleNamespace(config=SimpleNamespace(image_size=96))
+    monkeypatch.setattr(command, "verify", lambda folder: dict(manifest))
+    monkeypatch.setattr(command, "load_served", lambda weights: model)
+    monkeypatch.setattr(command, "eager_stages", lambda model, size: dict.fromkeys(FLOWS["kalm"].stages))
+    monkeypatch.setattr(command, "of_files", lambda paths: GateImages((), (), (), (), ""))
+    monkeypatch.setattr(command, "hold", lambda artefacts, manifest, *rest: report_of(manifest, rest[1], [], []))
+    monkeypatch.setattr("sys.argv", ["parity", "kalm.safetensors", "artefacts", "1.png", "--flow", "kalm"])
+    with pytest.raises(SystemExit) as error:
+        command.main()
+    assert error.value.code == 0
+    told = capsys.readouterr().out
+    assert "fma_encoder stays" in told
+    assert "kappa differs" not in told
 
 
 def test_the_encoder_whose_map_decides_each_pixel_stays_in_full_precision():

@@ -13,6 +13,7 @@ Box = tuple[float, float, float, float]
 """(x0, y0, x1, y1), half-open, in pixels of the EXIF-oriented original image."""
 
 FILE_NAME = "index.csv"
+LONGEST = 200  # characters of a cell that an error quotes
 
 
 class InvalidIndexError(ValueError):
@@ -116,7 +117,9 @@ def _read(path: Path) -> Index:
 
 def _parse(row: dict[str, str | None], path: Path, line: int) -> Radiograph:
     def wrong(column: str, expected: str) -> InvalidIndexError:
-        return InvalidIndexError(f"{path}, line {line}, column {column}: expected {expected}, got {row[column]!r}")
+        return InvalidIndexError(
+            f"{path}, line {line}, column {column}: expected {expected}, got {_short(row[column])}"
+        )
 
     for column in COLUMNS:
         if row[column] is None:
@@ -135,7 +138,7 @@ def _parse(row: dict[str, str | None], path: Path, line: int) -> Radiograph:
         sides[column] = int(str(row[column]))
     try:
         boxes = _parse_boxes(str(row["boxes"]), sides["width"], sides["height"])
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, OverflowError, RecursionError):
         raise wrong(
             "boxes",
             f"nothing, or a JSON list of [x0, y0, x1, y1] with 0 <= x0 < x1 <= {sides['width']}, "
@@ -145,6 +148,11 @@ def _parse(row: dict[str, str | None], path: Path, line: int) -> Radiograph:
         raise wrong("boxes", "no boxes, since label is 0 (normal)")
     text = {name: str(row[name]) for name in ("patient", "study", "view", "body_part", "split")}
     return Radiograph(image=image, label=int(row["label"]), boxes=boxes, **sides, **text)
+
+
+def _short(cell: str | None) -> str:
+    shown = repr(cell)
+    return shown if len(shown) <= LONGEST else f"{shown[:LONGEST]}... ({len(shown)} characters)"
 
 
 def _parse_boxes(cell: str, width: int, height: int) -> tuple[Box, ...] | None:

@@ -63,9 +63,9 @@ def _definition(size: int, batch_size: int, device: str, num_threads: int, devic
 
 def serialize(path: str | Path, size: int, max_batch_size: int, device: str = "cpu") -> None:
     """Writes the pipeline as the `model.dali` that Triton's DALI backend loads. No GPU is needed for `mixed` either:
-    the backend says which one when it loads the file, and how many threads (its `num_threads`)."""
-    threads = _cores() if device == "cpu" else 1
-    _definition(size, max_batch_size, device, threads, None).serialize(filename=str(path))
+    the backend says which one when it loads the file, and how many threads (its `num_threads`), so that the file is the
+    same on every machine."""
+    _definition(size, max_batch_size, device, 1, None).serialize(filename=str(path))
 
 
 class Decoder:

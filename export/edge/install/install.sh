@@ -20,6 +20,10 @@ while [ $# -gt 0 ]; do
     esac
     shift
 done
+case $root in
+/*) ;;
+*) printf '%s: --root needs an absolute path: the service is started elsewhere\n' "$root" >&2 && exit 2 ;;
+esac
 # shellcheck source=/dev/null
 . "$here/needs.env"                   # MEMORY_MIB, DISK_MIB, PRECISION, FLOWS
 system=${SCAPHOID_SYSTEM_ROOT:-}      # where /etc and /proc are looked for: for the tests
@@ -48,6 +52,7 @@ check() {
     else
         lack "python3 3.10 or later with venv: apt install python3-venv"
     fi
+    check_wheels
     cuda=$("$nvcc" --version 2>/dev/null | sed -n 's/.*release \([0-9.]*\).*/\1/p' || true)
     case $cuda in
     12.[6-9]* | 1[3-9].*) have "CUDA $cuda" ;;
@@ -61,6 +66,19 @@ check() {
     if command -v g++ >/dev/null; then have "g++"; else lack "g++: apt install build-essential"; fi
     check_room
     check_power
+}
+
+check_wheels() {
+    [ -d "$here/wheels" ] || return 0
+    python=$(python3 -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null || true)
+    [ -n "$python" ] || return 0 # said already
+    for wheel in "$here"/wheels/*.whl; do
+        case ${wheel##*/} in
+        *-"cp$(printf %s "$python" | sed 's/\.//')"-* | *-abi3-* | *-py3-* | *-py2.py3-*) ;;
+        *) lack "wheels for Python $python: ${wheel##*/} is for another; bundle again with --python $python" && return ;;
+        esac
+    done
+    have "wheels for Python $python"
 }
 
 check_room() {
@@ -134,7 +152,12 @@ install_service() {
     step "service: scaphoid-edge"
     id scaphoid >/dev/null 2>&1 || useradd --system --home-dir /var/lib/scaphoid --groups video,render scaphoid
     install -d -o scaphoid -g scaphoid -m 2770 /var/lib/scaphoid /var/lib/scaphoid/inbox /var/lib/scaphoid/out
-    sed "s|@ROOT@|$root|g" "$here/scaphoid-edge.service" >/etc/systemd/system/scaphoid-edge.service
+    case " $FLOWS " in
+    *" msfm "*) flow=msfm ;;
+    *) flow=${FLOWS%% *} ;;
+    esac
+    sed "s|@ROOT@|$root|g; s|@FLOW@|$flow|g" "$here/scaphoid-edge.service" \
+        >"$system/etc/systemd/system/scaphoid-edge.service"
     systemctl daemon-reload
     systemctl enable scaphoid-edge
     systemctl restart scaphoid-edge

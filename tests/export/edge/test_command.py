@@ -1,5 +1,7 @@
 """What `scaphoid-edge` says of numbers that cannot be, and of what an engine raises: one line."""
 
+from pathlib import Path
+
 import pytest
 
 from scaphoid.export.edge.command import main
@@ -27,6 +29,14 @@ def test_a_number_that_cannot_be_is_one_line(capsys, command, option, value):
     said = capsys.readouterr().err.splitlines()[-1]
     assert option in said
     assert value in said
+
+
+def test_a_bundle_is_for_the_python_that_is_asked_for(monkeypatch):
+    asked = []
+    monkeypatch.setattr("scaphoid.export.edge.bundle.bundle", lambda *each: asked.append(each) or [])
+    assert main(["bundle", "a", "b", "--python", "3.12"]) == 0
+    assert main(["bundle", "a", "b", "--no-wheels"]) == 0
+    assert asked == [(Path("a"), Path("b"), "f16", True, "3.12"), (Path("a"), Path("b"), "f16", False, "3.10")]
 
 
 def test_what_an_engine_raises_is_one_line(monkeypatch, capsys):

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from scaphoid.export.artefacts import ManifestError, verify, write_manifest
@@ -89,6 +90,62 @@ def test_every_missing_thing_is_said_and_nothing_is_changed(folder):
         assert not (folder / "root").exists()
 
 
+def test_a_relative_root_is_refused(folder):
+    complete(folder)
+    for options in (["--check"], []):
+        done = check(folder, "--root", "rel/x", *options)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert "rel/x: --root needs an absolute path" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("python", "said"),
+    [
+        ("3.10", "ok       wheels for Python 3.10"),
+        ("3.12", "MISSING  wheels for Python 3.12: numpy-2.2.6-cp310-cp310-manylinux2014_aarch64.whl is for another"),
+    ],
+)
+def test_wheels_of_another_python_are_missing(folder, python, said):
+    complete(folder)
+    tool(folder, "python3", f'case "$*" in *tensorrt*) echo 10.3.0 ;; *version_info\\[*) echo {python} ;; esac')
+    (folder / "bundle" / "wheels").mkdir()
+    for wheel in ("numpy-2.2.6-cp310-cp310-manylinux2014_aarch64.whl", "ninja-1.13.0-py3-none-manylinux2014.whl"):
+        (folder / "bundle" / "wheels" / wheel).touch()
+    done = check(folder, "--check")
+    assert said in done.stdout
+    assert done.returncode == int("MISSING" in said)
+    assert "bundle again with --python 3.12" in done.stdout or python == "3.10"
+
+
+@pytest.mark.parametrize(
+    ("flows", "flow"), [("kalm", "kalm"), ("kalm msfm_fma msfm", "msfm"), ("msfm_fma", "msfm_fma")]
+)
+def test_the_service_runs_a_flow_that_the_bundle_holds(folder, flows, flow):
+    complete(folder)
+    (folder / "bundle" / "needs.env").write_text(NEEDS.replace("msfm kalm", flows))
+    (folder / "bundle" / "python").mkdir()
+    (folder / "etc" / "systemd" / "system").mkdir(parents=True)
+    for name in ("rm", "mkdir", "cp", "mv", "chmod"):
+        (folder / "tools" / name).symlink_to(shutil.which(name))
+    for name in ("id", "install", "systemctl"):
+        tool(folder, name)
+    venv = [f"mkdir -p {folder}/root/python/bin", f"cp {folder}/tools/python3 {folder}/root/python/bin/python"]
+    tool(
+        folder,
+        "python3",
+        'case "$*" in *tensorrt*) echo 10.3.0 ;; *" add "*) echo 0001-x ;; "-m venv"*)',
+        *venv,
+        f"mkdir -p {folder}/root/code.new ;; esac",
+    )
+    done = check(folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    unit = (folder / "etc" / "systemd" / "system" / "scaphoid-edge.service").read_text()
+    (start,) = [line for line in unit.splitlines() if line.startswith("ExecStart=")]
+    assert f" --flow {flow} " in start
+    assert start.startswith(f"ExecStart={folder}/root/bin/scaphoid-edge watch {folder}/root/current/artefacts ")
+    assert "@" not in start
+
+
 def complete(folder: Path) -> None:
     tool(folder, "uname", "echo aarch64")
     tool(folder, "python3", 'case "$*" in *tensorrt*) echo 10.3.0 ;; --version) echo Python 3.10.12 ;; esac')
@@ -154,7 +211,7 @@ def test_linters_find_nothing(tool_name, tmp_path):
         command = [tool_name, INSTALL / "install.sh"]
     else:
         unit = tmp_path / "scaphoid-edge.service"
-        unit.write_text((INSTALL / unit.name).read_text().replace("@ROOT@", str(tmp_path)))
+        unit.write_text((INSTALL / unit.name).read_text().replace("@ROOT@", str(tmp_path)).replace("@FLOW@", "msfm"))
         (tmp_path / "bin").mkdir()
         shutil.copy(shutil.which("true"), tmp_path / "bin" / "scaphoid-edge")
         command = [tool_name, "verify", "--man=no", unit]
@@ -217,6 +274,48 @@ def test_the_bundle_holds_what_the_device_needs(artefacts, tmp_path):
     with pytest.raises(ManifestError, match="export it with --formats onnx"):
         list(bundle(artefacts, tmp_path / "other", "int8", wheels=False))
     assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.slow
+def test_a_bundle_in_int8(artefacts, tmp_path):
+    pytest.importorskip("nncf")
+    import onnx
+
+    from scaphoid.export.quantize import quantize
+
+    shutil.copytree(artefacts, tmp_path / "artefacts")
+    for half in (tmp_path / "artefacts" / "onnx").glob("*.f16.onnx"):
+        model = onnx.load(half.with_name(half.name.replace(".f16", "")))
+        sides = [size.dim_value for size in model.graph.input[0].type.tensor_type.shape.dim[1:]]
+        quantized = quantize(model, np.arange(2 * np.prod(sides)).reshape(2, *sides).astype(np.uint8)).int8
+        onnx.save(quantized, half.with_name(half.name.replace(".f16", ".int8")))
+    write_manifest(tmp_path / "artefacts", {key: each for key, each in verify(artefacts).items() if key != "files"})
+    list(bundle(tmp_path / "artefacts", tmp_path / "out", "int8", wheels=False))
+    files = verify(tmp_path / "out" / "artefacts")["files"]
+    assert len(files) == 5
+    assert all(name.endswith(".int8.onnx") for name in files)
+    assert "PRECISION=int8\n" in (tmp_path / "out" / "needs.env").read_text()
+    from scaphoid.export.edge.memory import budgets
+
+    (half,) = {each.weights for each in budgets(artefacts, [1], "f16", 1) if each.flow == "msfm"}
+    found = {name: budgets(tmp_path / "out" / "artefacts", [1], name, 1)[0] for name in ("f16", "int8")}
+    assert found["f16"].weights == pytest.approx(half, rel=0.05)
+    assert found["int8"].weights < 0.8 * half
+
+
+def test_weights_held_in_8_bits_are_counted_as_the_floats_that_are_built_of_them():
+    openvino = pytest.importorskip("openvino")
+    opset = openvino.opset8
+    from scaphoid.export.edge.memory import weight_bytes
+
+    def model(kind):
+        weights = opset.convert(opset.constant(np.ones((30, 70), kind)), "f32")
+        image = opset.parameter([-1, 30])
+        return openvino.Model([opset.matmul(image, weights, False, False)], [image])
+
+    for kind in (np.int8, np.uint8, np.float32):
+        assert [weight_bytes(model(kind), precision) for precision in ("f16", "f32")] == [4200, 8400]
+    assert [weight_bytes(model(kind), "int8") for kind in (np.int8, np.float32)] == [2100, 8400]
 
 
 @pytest.mark.slow

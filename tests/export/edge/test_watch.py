@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("openvino")
 
-from scaphoid.export.edge.flow import Flow
+from scaphoid.export.edge.flow import Flow, Result
 from scaphoid.export.edge.watch import Arrivals, Watch, alone_in
 from scaphoid.trainer import predictions
 from scaphoid.trainer.journal import JOURNAL, read_predictions
@@ -76,6 +77,80 @@ def test_a_folder_that_cannot_be_watched_is_refused_before_anything_is_made(tmp_
     with pytest.raises((ValueError, NotADirectoryError), match=r"results would go into|is no folder: name the one"):
         Watch(None, tmp_path / inbox, out).run(threading.Event())
     assert sorted(tmp_path.rglob("*")) == before
+
+
+class Rejects:
+    """A flow that rejects what begins with "bad"; `before` is told the files first."""
+
+    name, version, outputs, threshold = "msfm", "1", ("probability",), 0.5
+
+    def __init__(self, before=lambda paths: None) -> None:
+        self.before = before
+
+    def predict(self, paths, wanted):
+        self.before(paths)
+        reasons = ["damaged" if path.name.startswith("bad") or not path.exists() else None for path in paths]
+        return [Result(image=path.name, probability=0.5, reason=why) for path, why in zip(paths, reasons, strict=True)]
+
+
+def watch(tmp_path, flow=None, **files) -> list[str]:
+    """Puts `files` (name -> content) into the inbox and says what became of what is there."""
+    inbox, said = tmp_path / "inbox", []
+    inbox.mkdir(exist_ok=True)
+    for name, content in files.items():
+        (inbox / name).write_text(content)
+    Watch(flow or Rejects(), inbox, tmp_path / "out", finished=said.append).run(Stop(4))
+    return said
+
+
+def test_names_that_are_too_long_are_shortened(tmp_path):
+    long = "x" * 244 + ".png"
+    for content in ("one", "two"):
+        assert watch(tmp_path, **{long: content}) == ["ok"]
+    first, second = contents(tmp_path / "out" / "done")[::-1]
+    assert (first, len(second), second[-6:]) == (long, 255, "xx.png")
+    bad = "bad" + "\u00e4" * 121 + ".png"  # 249 bytes
+    assert watch(tmp_path, **{bad: "three", "bad." + "y" * 251: "four"}) == ["rejected", "rejected"]
+    rejected = contents(tmp_path / "out" / "rejected")
+    assert len(rejected) == 4
+    assert {name + ".reason.txt" for name in rejected[::2]} == set(rejected[1::2])
+    assert contents(tmp_path / "inbox") == []
+
+
+def test_nothing_is_written_over(tmp_path):
+    names = ["bad.png.reason.txt", "bad.png", "bad.png.reason.txt"]
+    for name in names:
+        assert watch(tmp_path, **{name: f"sent {name}"}) == ["rejected"]
+    for _ in range(3):
+        watch(tmp_path, **{"a.png": "a"})
+        watch(tmp_path, **{"a.png": "other"})
+    texts = [path.read_text() for path in (tmp_path / "out" / "rejected").iterdir()]
+    assert sorted(texts) == sorted([f"sent {name}" for name in names] + ["damaged\n"] * 3)
+    done = sorted(path.read_text() for path in (tmp_path / "out" / "done").iterdir())
+    assert done == ["a"] * 3 + ["other"] * 3
+
+
+def test_a_file_that_goes_or_stays_leaves_the_others_alone(tmp_path, monkeypatch):
+    def remove(paths):
+        for path in paths:
+            if path.name.startswith("gone"):
+                path.unlink()
+
+    move = shutil.move
+
+    def stuck(path, place):
+        if path.name == "stuck.png":
+            raise PermissionError(13, "Permission denied")
+        move(path, place)
+
+    monkeypatch.setattr(shutil, "move", stuck)
+    files = {name: name for name in ("gone.png", "stuck.png", "well.png")}
+    assert sorted(watch(tmp_path, Rejects(remove), **files)) == ["gone", "ok", "ok, not moved: Permission denied"]
+    assert contents(tmp_path / "inbox") == ["stuck.png"]
+    assert set(read_predictions(tmp_path / "out" / JOURNAL)) == {"stuck.png", "well.png"}
+    monkeypatch.undo()
+    assert watch(tmp_path) == ["known"]
+    assert contents(tmp_path / "out" / "done") == ["stuck.png", "well.png"]
 
 
 @pytest.fixture(scope="module")

@@ -7,13 +7,14 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from scaphoid.export.edge.flow import BATCH
+from scaphoid.export.edge.flow import BATCH, built_precision
 from scaphoid.export.formats import FORMATS
 from scaphoid.export.tensorrt_engines import build_engines
 from scaphoid.export.tensorrt_engines.build_engines import (
@@ -131,6 +132,48 @@ def test_one_that_does_not_fit_leaves_the_others_alone(artefacts, tmp_path, caps
     assert f"encoder: failed: not built in workspaces of {sizes} MiB" in capsys.readouterr().err
     assert [entry["stage"] for entry in read_entries(engines).values()] == ["parts_encoder"]
     assert not partial_files(engines)
+
+
+def test_two_builds_into_one_folder_take_turns(artefacts, tmp_path, capsys):
+    engines, first, second = tmp_path / "engines", Builder(), Builder()
+    other = threading.Thread(target=build_all, args=(jobs_of(artefacts, "f32"), engines, second))
+
+    def build(*request):
+        first(*request)
+        if not other.ident:
+            other.start()
+            other.join(timeout=0.3)  # time to write its list, were it not for the lock
+
+    assert build_all(jobs_of(artefacts), engines, build)
+    other.join(timeout=30)
+    assert "another build writes into" in capsys.readouterr().out
+    assert set(read_entries(engines)) == {path.name for path in engines.glob("*.plan")}
+    assert len(read_entries(engines)) == 4
+
+
+def test_a_flow_takes_the_engines_that_were_built(artefacts, write_artefacts, tmp_path):
+    engines = tmp_path / "engines"
+
+    def chosen() -> str:
+        return built_precision(artefacts, engines, build_engines.read_manifest(artefacts), "encoder")
+
+    assert chosen() == "f16"  # to be told that it is missing
+    build_all(jobs_of(artefacts, "f32"), engines, Builder())
+    assert chosen() == "f32"
+    build_all(jobs_of(artefacts), engines, Builder())
+    assert chosen() == "f16"
+    write_artefacts("trained again")
+    build_all(jobs_of(artefacts, "f32"), engines, Builder())
+    assert chosen() == "f32"  # f16 is of other ONNX
+
+
+def test_a_builder_without_memory_gave_up(artefacts, tmp_path, monkeypatch, capsys):
+    lines = ["__version__ = '10.3.0'", "class Logger:", "    ERROR = 1", "    def __init__(self, level):"]
+    (tmp_path / "tensorrt.py").write_text("\n".join([*lines, "        raise MemoryError"]))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with pytest.raises(BuilderGaveUp, match=r"^exit 3: out of memory$"):
+        build_engines.build_apart(jobs_of(artefacts)[0], 64, tmp_path / "plan", tmp_path / "timing.cache")
+    assert "Traceback" not in capsys.readouterr().err
 
 
 def test_a_full_disk_is_said_and_leaves_what_was_there(artefacts, write_artefacts, tmp_path, capsys):

@@ -68,8 +68,9 @@ def test_changed_and_missing_engines_are_refused(artefacts, engines):
     assert f"{plan} changed since it was built" in refusal(artefacts, engines)
     plan.unlink()
     assert f"{plan} is missing" in refusal(artefacts, engines)
-    (engines / MANIFEST).write_text("{")
-    assert "lists no" in refusal(artefacts, engines)
+    for text in ("{", "[" * 100_000):
+        (engines / MANIFEST).write_text(text)
+        assert "lists no scaphoid.engines/1" in refusal(artefacts, engines)
     (engines / MANIFEST).unlink()
     assert "lists no f16 engine of encoder" in refusal(artefacts, engines)
 

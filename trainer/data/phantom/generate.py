@@ -130,8 +130,11 @@ def _write(root: Path, split: str, options: Options, views: list[tuple[Study, in
         phantom = render(study, view, options)
         path = image_path(study, view, split)
         (root / path).parent.mkdir(parents=True, exist_ok=True)
-        if not cv2.imwrite(str(root / path), phantom.image, [cv2.IMWRITE_PNG_COMPRESSION, 2]):
-            raise OSError(f"{root / path}: could not be written; check the free space and the permissions of {root}")
+        _, encoded = cv2.imencode(".png", phantom.image, [cv2.IMWRITE_PNG_COMPRESSION, 2])
+        try:
+            (root / path).write_bytes(encoded)  # cv2.imwrite tells no reason
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(root / path)) from None  # a full disk names no file
         done.append(
             Radiograph(
                 image=path,
