@@ -24,7 +24,7 @@ from scaphoid.triton_repo.client import AsyncClient, wanted_outputs
 from scaphoid.triton_repo.supervisor.server import Server, running_server
 
 ALONE_BAR = 1.3  # p99 over p50, one request at a time
-LOAD_BAR = 1.25  # measured p99 over the simulated
+LOAD_BAR = 1.25  # measured p99 over the simulated, or under it
 BATCHES = (1, 2, 4)
 REPETITIONS = 8  # of the simulation, on the same arrivals
 MANY = 10_000  # requests in flight: an open loop has no limit
@@ -153,7 +153,7 @@ def judge(measured: Measured, simulated: Simulated, share: float) -> tuple[list[
     machine = p99_machine / p50_machine
     facts = [
         f"one request at a time: p99 is {alone:.2f} x p50 (bar {ALONE_BAR})",
-        f"at {100 * share:.0f} % of saturation: p99 is {ratio:.2f} x the simulated one (bar {LOAD_BAR})",
+        f"at {100 * share:.0f} % of saturation: p99 is {ratio:.2f} x the simulated one (bar: within {LOAD_BAR})",
         f"requests were sent {late_ms:.1f} ms late (p99); a latency counts from when its request was due",
         f"the machine by itself: p99 is {machine:.2f} x p50 of the same {p50_machine:.0f} ms of sorting on one core, "
         "nothing served; in the open loop other programs and other guests of the hypervisor kept "
@@ -162,7 +162,7 @@ def judge(measured: Measured, simulated: Simulated, share: float) -> tuple[list[
     failures = [*measured.saturation.failures, *measured.load.failures]
     bars = {
         f"p99 {alone:.2f} x p50 one at a time, more than {ALONE_BAR}": alone > ALONE_BAR,
-        f"p99 {ratio:.2f} x the simulated, more than {LOAD_BAR}": ratio > LOAD_BAR,
+        f"p99 {ratio:.2f} x the simulated, not within {LOAD_BAR}": not 1 / LOAD_BAR <= ratio <= LOAD_BAR,
         f"requests were sent {late_ms:.0f} ms late: another load than the one simulated": late_ms > LATE_MS,
         f"{len(failures)} requests failed, the first with: {failures[0] if failures else ''}": bool(failures),
     }

@@ -193,7 +193,7 @@ def measure_cost(server: Server, arguments: Triage, images: Sequence[bytes]) -> 
 async def serve(server: Server, arguments: Triage, index: Index, fitted: Point) -> tuple[np.ndarray, float, str]:
     """The scores of the served triage, the server's core-ms for an image, and the model version that answered."""
     before = session_cpu_s(server.pid)
-    async with TriageClient(server.grpc_url, fitted.band, arguments.flow) as client:
+    async with TriageClient(server.grpc_url, fitted.band, arguments.flow, in_flight=arguments.clients) as client:
         paths = [index.path(radiograph) for radiograph in index.radiographs]
         answers = _all(await client.predict_all(paths, arguments.clients))
     scores = np.array([answer.probability for answer in answers])

@@ -1,7 +1,7 @@
 """The band of a two-call triage, which triage.py fits, and the file that carries it to who asks. Needs numpy alone."""
 
 import json
-import math
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,10 +86,21 @@ def read_band(path: Path) -> Fitted:
         content = json.loads(path.read_bytes())
         if content["schema"] != SCHEMA:
             raise ValueError(f"its schema is {content['schema']!r}, expected {SCHEMA!r}")
-        band, validation = Band(float(content["low"]), float(content["high"])), content.get("validation")
+        ends, validation = (content["low"], content["high"]), content.get("validation")
+        if not all(type(end) in (int, float) and 0 <= end <= 1 for end in ends):
+            raise ValueError(f"low and high: expected probabilities, got {reprlib.repr(ends)}")
+        band = Band(*map(float, ends))
+        if band.low > band.high and band != NOBODY:
+            raise ValueError(f"low {band.low} is above high {band.high}")
         answerer = Answerer(content["flow"], content["weights"], content["parts"])
-        if not all(map(math.isfinite, band)) or answerer.flow not in FIRST or not answerer.weights:
-            raise ValueError(f"{band} of {answerer}")
+        if answerer.flow not in FIRST:
+            raise ValueError(f"flow {reprlib.repr(answerer.flow)}: expected one of {', '.join(FIRST)}")
+        if not isinstance(answerer.weights, str) or not answerer.weights:
+            raise ValueError(f"weights: expected their hash, got {reprlib.repr(answerer.weights)}")
+        if not isinstance(answerer.parts, bool):
+            raise ValueError(f"parts: expected true or false, got {reprlib.repr(answerer.parts)}")
+        if not isinstance(validation or {}, dict):
+            raise ValueError(f"validation: expected an object, got {reprlib.repr(validation)}")
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise BandError(f"{path} is no band that python -m scaphoid.trainer.triage wrote ({reason}): fit it") from None

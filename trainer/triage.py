@@ -220,15 +220,27 @@ def _fit(arguments: Arguments) -> None:
     points = curve(scores, cost, arguments.boxes)
     found = fit(scores, cost, arguments.max_loss, arguments.budget, arguments.boxes)
     if found.band == EVERYBODY:  # who uses it would ask twice about every image
-        raise ValueError(
-            f"no band that costs less than whole answers loses {arguments.max_loss:g} of AUROC or less: predict "
-            "without --triage, or allow more with --max-loss"
-        )
+        raise ValueError(_no_band(arguments, points, cost))
     fitted = Fitted(found.band, answerer, validation_of(scores, found, cost))
     write_band(arguments.out, fitted)
     draw({"validation": scores}, points, found.band, cost, picture)
     _tell(arguments, fitted, scores, cases[0].record.get("threshold", 0.5))
     print(f"{arguments.out} and {picture}: scaphoid-predict --triage {arguments.out} uses the band")
+
+
+def _no_band(arguments: Arguments, points: Sequence[Point], first_cost: float) -> str:
+    """Why whole answers for every image were the choice among `points`, and what to do."""
+    if len(points) == 1:
+        reason = f"no band costs less than whole answers: a first call is {first_cost:.2f} of one"
+        reason += ", and with --boxes all above a band are asked twice" if arguments.boxes else ""
+        instead = ", or fit without --boxes" if arguments.boxes else ""
+    elif arguments.budget is not None:
+        reason = f"whole answers are within --budget {arguments.budget:g}, and no band is better than they are"
+        instead = ", or give a budget below 1"
+    else:
+        reason = f"no band that costs less than whole answers loses {arguments.max_loss:g} of AUROC or less"
+        instead = ", or allow more with --max-loss"
+    return f"{reason}; predict without --triage{instead}"
 
 
 def draw(sets: Mapping[str, Scores], points: Sequence[Point], fitted: Band, first_cost: float, path: Path) -> None:

@@ -14,6 +14,7 @@ A repository for a GPU is assembled where it will run, from engines that were bu
 the artefacts' and the engines', and engines that do not fit are refused with the command that builds those that do.
 """
 
+import os
 import shutil
 import sys
 from collections.abc import Mapping
@@ -54,7 +55,7 @@ from scaphoid.triton_repo.configs import (
 )
 from scaphoid.triton_repo.memory import BOUNDED, SERVER_FLAGS, server_flags, step_limit
 from scaphoid.triton_repo.rules import check_assembled
-from scaphoid.triton_repo.versioning import versions
+from scaphoid.triton_repo.versioning import versions, workspace
 from scaphoid.triton_repo.versioning.lock import locked
 from scaphoid.triton_repo.versioning.versions import weights_hash
 
@@ -100,34 +101,66 @@ def assemble(artefacts: Path, repository: Path, engines: Engines | None = None, 
     they were built for; returns its manifest's content. `configs`: other static configurations than the package's.
 
     A `repository` that was assembled before is replaced, once the new one is complete, or left alone when it is the
-    same. Raises ManifestError for damaged
-    artefacts or such without what a GPU needs, and for a repository that is served or holds versions that were added,
-    EngineError for engines that do not fit the artefacts, this GPU or this TensorRT, ConfigError for a configuration
-    that breaks a contract or a rule, FileExistsError for a foreign folder.
+    same. Raises ManifestError for damaged artefacts or such without what a GPU needs, for a repository in their place,
+    and for one that is served or holds versions that were added, EngineError for engines that do not fit the artefacts,
+    this GPU or this TensorRT, ConfigError for a configuration that breaks a contract or a rule, OSError for folders
+    that lie in one another, FileExistsError for a foreign one.
     """
+    repository = _place(artefacts, repository)
     manifest = verify(artefacts)
+    refuse_repository(artefacts, manifest)
     if repository.exists() and any(repository.iterdir()) and not (repository / MANIFEST).is_file():
         raise FileExistsError(f"{repository} is not empty and was not assembled by this command: choose another folder")
-    partial = repository.with_name(repository.name + ".partial")
-    partial.parent.mkdir(parents=True, exist_ok=True)
-    with locked(partial.parent, alone=True, wait_s=versions.LOCK_WAIT_S):
-        shutil.rmtree(partial, ignore_errors=True)
+    work = repository.with_name(repository.name + ".partial")
+    new, old = work / "new", work / "old"
+    work.parent.mkdir(parents=True, exist_ok=True)
+    with locked(work.parent, alone=True, wait_s=versions.LOCK_WAIT_S):
+        _put_back(old, repository)
+        workspace.make(work)
         try:
-            content = _write_repository(artefacts, manifest, partial, engines, configs or CONFIGS[target_of(engines)])
-            if not _is_there(partial, repository):
+            content = _write_repository(artefacts, manifest, new, engines, configs or CONFIGS[target_of(engines)])
+            if not _is_there(new, repository):
                 with versions.replacing(repository):
-                    shutil.rmtree(repository, ignore_errors=True)
-                    partial.rename(repository)
+                    if os.path.ismount(repository):
+                        raise OSError(f"{repository} is a mount point, which stays: choose a folder in it")
+                    if repository.exists():
+                        repository.rename(old)
+                    new.rename(repository)
         finally:
-            shutil.rmtree(partial, ignore_errors=True)
+            _put_back(old, repository)
+            workspace.remove(work)
     return content
 
 
-def _is_there(partial: Path, repository: Path) -> bool:
+def refuse_repository(artefacts: Path, manifest: Mapping) -> None:
+    """Raises ManifestError when the `manifest` that was found in place of artefacts' is a repository's."""
+    if "target" in manifest or "version" in manifest:
+        raise ManifestError(f"{artefacts} is a model repository: give the artefacts, which scaphoid-export wrote")
+
+
+def _place(artefacts: Path, repository: Path) -> Path:
+    """Where `repository` really is, behind links. Raises OSError for a folder that another cannot take the place of."""
+    place, source = repository.resolve(), artefacts.resolve()
+    if place.is_relative_to(source) or source.is_relative_to(place):
+        raise OSError(f"{repository} and {artefacts} are the same or lie in one another: choose a folder beside it")
+    if Path.cwd().is_relative_to(place):
+        raise OSError(
+            f"{repository} is the current directory or around it: choose another folder, or call from outside"
+        )
+    return place
+
+
+def _put_back(old: Path, repository: Path) -> None:
+    """The repository that was moved away, when no other one came to its place, even in a process that was killed."""
+    if old.exists() and not repository.exists() and workspace.is_ours(old.parent):
+        old.rename(repository)
+
+
+def _is_there(new: Path, repository: Path) -> bool:
     """Whether `repository` holds the same already, undamaged: then it stays, served or not, so that a container that
     assembles at every start finds nothing to do."""
     there = repository / MANIFEST
-    if not there.is_file() or there.read_bytes() != (partial / MANIFEST).read_bytes():
+    if not there.is_file() or there.read_bytes() != (new / MANIFEST).read_bytes():
         return False
     try:
         verify(repository)

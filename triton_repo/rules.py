@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
-from tritonclient.grpc.model_config_pb2 import DataType, ModelConfig, ModelInstanceGroup
+from tritonclient.grpc.model_config_pb2 import DataType, ModelConfig, ModelInstanceGroup, ModelQueuePolicy
 from tritonclient.utils import triton_to_np_dtype
 
 from scaphoid.export.artefacts import WARMUP
@@ -29,6 +29,10 @@ from scaphoid.triton_repo.memory import BOUNDED, SERVER_FLAGS, server_flags, ste
 
 INTERACTIVE, BATCH = 1, 2  # priority of a request: a person waits for it, or a program
 LONGEST_WAIT_S = 30  # in the first step's queue
+ELSEWHERE = {
+    "runtime", "default_model_filename", "cc_model_filenames", "model_operations", "model_repository_agents",
+    "EXECUTION_ENV_PATH",  # a parameter: the Python environment
+}  # fmt: skip
 
 Rule = Callable[[Path, ModelConfig], None]
 
@@ -48,6 +52,31 @@ def names_no_kind(path: Path, config: ModelConfig) -> None:
         expect(path, "gpus of an instance_group", list(group.gpus), [])
 
 
+def has_instances(path: Path, config: ModelConfig) -> None:
+    """In numbers: what the server puts in the place of none is not what the limits are computed from."""
+    counts = [group.count for group in config.instance_group]
+    if kind_of(config) and min(counts, default=0) < 1:
+        raise ConfigError(f"{path}: counts of instance_group: expected 1 or more in each, got {counts}")
+
+
+def answers_once(path: Path, config: ModelConfig) -> None:
+    """A decoupled model may answer a request never, or several times."""
+    expect(path, "decoupled", config.model_transaction_policy.decoupled, False)
+
+
+def loads_what_was_assembled(path: Path, config: ModelConfig) -> None:
+    """No code and no file but the model's own, which the manifest vouches for."""
+    given = {field.name for field, _ in config.ListFields()} | {*config.parameters}
+    expect(path, "fields that load something else", sorted(given & ELSEWHERE), [])
+
+
+def pins_one_version(path: Path, config: ModelConfig) -> None:
+    """All steps are of the version that the flow is of: weights of two would answer together."""
+    versions = sorted({step.model_version for step in config.ensemble_scheduling.step})
+    if len(versions) > 1:
+        raise ConfigError(f"{path}: versions that steps pin: expected one, got {versions}")
+
+
 def takes_one_image(path: Path, config: ModelConfig) -> None:
     """A request of several images fails as a whole for one of them."""
     if config.name in FLOWS:
@@ -55,9 +84,11 @@ def takes_one_image(path: Path, config: ModelConfig) -> None:
 
 
 def batches(path: Path, config: ModelConfig) -> None:
-    """Requests batch, and encoded images whatever their length."""
+    """Requests batch, and encoded images whatever their length. None waits for others to come: a batch forms while the
+    one before it runs."""
     if kind_of(config):
         expect(path, "dynamic_batching given", config.HasField("dynamic_batching"), True)
+    expect(path, "max_queue_delay_microseconds", config.dynamic_batching.max_queue_delay_microseconds, 0)
     for tensor in config.input:
         expect(path, f"allow_ragged_batch of {tensor.name}", tensor.allow_ragged_batch, tensor.name == ENCODED.name)
 
@@ -76,14 +107,15 @@ def _limits_alone(name: str, path: Path, config: ModelConfig) -> None:
     if not kind_of(config):
         return
     batching = config.dynamic_batching
-    levels = range(1, batching.priority_levels + 1)
-    policies = [batching.priority_queue_policy[level] for level in levels if level in batching.priority_queue_policy]
-    policies = policies if len(policies) == len(levels) > 0 else [batching.default_queue_policy]
+    default, own = batching.default_queue_policy, dict(batching.priority_queue_policy)
     first = config.name == name
-    for policy in policies:
+    policies = [own.get(level, default) for level in range(1, batching.priority_levels + 1)] or [default]
+    for policy in policies if first else (default, *own.values()):
         expect(path, "queue limited", policy.max_queue_size > 0, first)
         wait = policy.default_timeout_microseconds
-        expect(path, f"time-out, at most {LONGEST_WAIT_S} s", 0 < wait <= LONGEST_WAIT_S * 1_000_000, first)
+        limited = 0 < wait <= LONGEST_WAIT_S * 1_000_000 if first else wait > 0
+        expect(path, f"time-out, at most {LONGEST_WAIT_S} s", limited, first)
+        expect(path, "timeout_action", policy.timeout_action, ModelQueuePolicy.REJECT)  # late is answered, not put off
 
 
 def runs_glue_plainly(path: Path, config: ModelConfig) -> None:
@@ -153,6 +185,10 @@ def fits_the_engine(path: Path, config: ModelConfig) -> None:
 
 EVERYWHERE: tuple[Rule, ...] = (
     names_no_kind,
+    has_instances,
+    answers_once,
+    loads_what_was_assembled,
+    pins_one_version,
     takes_one_image,
     batches,
     runs_glue_plainly,

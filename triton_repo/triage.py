@@ -10,7 +10,6 @@ is fitted on validation predictions (trainer/triage.py). An image outside it has
 at 1.0 where every suspicious image needs its box (--boxes). Imports no torch.
 """
 
-import asyncio
 from collections.abc import Iterable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from typing import Any
 from scaphoid.trainer.band import FIRST, Band, Fitted
 from scaphoid.trainer.journal import weights_of
 from scaphoid.triton_repo.client import AsyncClient, ClientError, Image, Outputs, Result
+from scaphoid.triton_repo.requests.async_client import predict_each
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Triaged:
 
 class TriageClient:
     """Two clients of one flow, as `async with TriageClient(...) as client`. `settings` are `AsyncClient`'s, and so are
-    the errors; each call has their `timeout_s`.
+    the errors; each call has their `timeout_s`, and `in_flight` bounds the calls of both together.
 
     A fitted band brings its flow and parts, and is used for the weights that it was fitted on: `async with` raises
     BandError when the server has others, and what others answer meanwhile (a server that was switched) is asked about
@@ -58,11 +58,13 @@ class TriageClient:
         self.stage = FIRST[flow].removesuffix("_probability")
         self.first = AsyncClient(servers, flow, outputs=(FIRST[flow],), **settings)
         self.full = AsyncClient(servers, flow, parts=parts, **settings)
+        self._open = AsyncExitStack()
 
     async def __aenter__(self) -> "TriageClient":
         async with AsyncExitStack() as stack:
             await stack.enter_async_context(self.first)
             await stack.enter_async_context(self.full)
+            self.full._in_flight = self.first._in_flight  # one limit, and who is tried alone is alone with both
             if self.fitted is not None:
                 self.fitted.check_weights(self.full.version)
             self._open = stack.pop_all()
@@ -93,17 +95,7 @@ class TriageClient:
         return known and not self.band.holds(probability)
 
     async def predict_all(self, images: Iterable[Image], in_flight: int = 8) -> list[Triaged | ClientError]:
-        """An answer, or the error it ended with, for each of `images`, in their order."""
-        images = list(images)
-        answers: list[Triaged | ClientError] = [ClientError("not asked")] * len(images)
-        waiting = iter(range(len(images)))
-
-        async def worker() -> None:
-            for place in waiting:
-                try:
-                    answers[place] = await self.predict(images[place])
-                except ClientError as error:
-                    answers[place] = error
-
-        await asyncio.gather(*(worker() for _ in range(in_flight)))
-        return answers
+        """An answer, or the error it ended with, for each of `images`, in their order; at most `in_flight` at once, and
+        the clients' own. Otherwise as `AsyncClient.predict_all`."""
+        self.full._check_connected()
+        return await predict_each(images, self.predict, in_flight)

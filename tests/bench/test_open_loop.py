@@ -121,7 +121,8 @@ def test_bars_are_judged(times):
 
     steady = tuple(np.linspace(70, 80, 50))
     assert judged(1.2, steady) == []
-    assert "more than 1.25" in judged(1.3, steady)[0]
+    assert "not within 1.25" in judged(1.3, steady)[0]
+    assert "not within 1.25" in judged(0.75, steady)[0]  # a simulation that fears too much predicts nothing either
     assert "one at a time" in judged(1.0, (*steady, 150.0, 151.0))[0]
     assert "200 ms late" in judged(1.0, steady, late_s=0.2)[0]
     assert "no answer" in judged(1.0, steady, ("no answer",))[0]

@@ -1,5 +1,6 @@
 import json
 import math
+import os
 import shutil
 import subprocess
 import sys
@@ -30,6 +31,7 @@ from scaphoid.triton_repo.memory import BOUNDED, SERVER_FLAGS
 from scaphoid.triton_repo.rules import check_assembled
 from scaphoid.triton_repo.supervisor.api import ServerError
 from scaphoid.triton_repo.supervisor.installation import installation
+from scaphoid.triton_repo.versioning import workspace
 
 SIZES = {"height": 230, "width": 230, "map_height": 8, "map_width": 9, "part_height": 115, "part_width": 115}
 SIZES |= {"key_height": 115, "key_width": 115, "bytes": 33}
@@ -173,6 +175,84 @@ def test_an_earlier_repository_is_replaced_and_a_foreign_folder_is_not(artefacts
     with pytest.raises(FileExistsError, match="thesis"):
         assemble(artefacts, foreign)
     assert (foreign / "chapter1.tex").exists()
+
+
+def test_a_repository_is_not_taken_for_artefacts(artefacts, tmp_path):
+    assemble(artefacts, tmp_path / "repository")
+    with pytest.raises(ManifestError, match=r"repository is a model repository: give the artefacts") as refused:
+        assemble(tmp_path / "repository", tmp_path / "another")
+    assert "\n" not in str(refused.value)
+    assert not (tmp_path / "another").exists()
+
+
+def test_a_place_that_a_repository_cannot_take_is_refused(artefacts, tmp_path, monkeypatch):
+    (tmp_path / "link").symlink_to(artefacts)
+    for place in (artefacts, artefacts / "repository", tmp_path, tmp_path / "link", tmp_path / "link" / "repository"):
+        with pytest.raises(OSError, match="are the same or lie in one another"):
+            assemble(artefacts, place)
+    verify(artefacts)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for place in (Path(), Path("..", "here")):
+        with pytest.raises(OSError, match="is the current directory"):
+            assemble(artefacts, place)
+    monkeypatch.setattr(os.path, "ismount", lambda path: path == tmp_path / "mount")
+    with pytest.raises(OSError, match="mount is a mount point"):
+        assemble(artefacts, tmp_path / "mount")
+    assert {each.name for each in tmp_path.iterdir()} == {"artefacts", "here", "link"}
+
+
+def test_behind_a_link_the_repository_is_replaced_and_not_the_link(artefacts, tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "repository")
+    for weights in ("cd34", "ef56"):
+        assemble(make_artefacts(tmp_path / weights, weights=weights), tmp_path / "link")
+        assert verify(tmp_path / "repository")["weights"][0]["sha256"] == weights
+    assert (tmp_path / "link").is_symlink()
+
+
+@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
+def test_a_repository_that_cannot_be_replaced_stays(artefacts, tmp_path, monkeypatch, error):
+    repository, rename = tmp_path / "repository", Path.rename
+    assemble(artefacts, repository)
+    before = verify(repository)
+
+    def failing(path: Path, target: Path) -> Path:
+        if (path.name, target) == ("new", repository):
+            assert not repository.exists()
+            raise error("no")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", failing)
+    retrained = make_artefacts(tmp_path / "retrained", weights="cd34")
+    with pytest.raises(error, match="no"):
+        assemble(retrained, repository)
+    assert verify(repository) == before
+    assert not (tmp_path / "repository.partial").exists()
+
+
+def test_what_was_killed_between_two_renames_is_put_back(artefacts, tmp_path):
+    repository, work = tmp_path / "repository", tmp_path / "repository.partial"
+    assemble(artefacts, repository)
+    workspace.make(work)
+    repository.rename(work / "old")
+    broken = make_artefacts(tmp_path / "broken")
+    configs = tmp_path / "configs"
+    configs.mkdir()
+    with pytest.raises((ConfigError, OSError)):
+        assemble(broken, repository, configs=configs)
+    verify(repository)
+    assert not work.exists()
+
+
+def test_a_foreign_folder_beside_the_repository_stays(artefacts, tmp_path):
+    foreign = tmp_path / "repository.partial"
+    foreign.mkdir()
+    (foreign / "old").mkdir()
+    with pytest.raises(FileExistsError, match="partial is in the way and is not deleted unasked") as refused:
+        assemble(artefacts, tmp_path / "repository")
+    assert "\n" not in str(refused.value)
+    assert [each.name for each in foreign.iterdir()] == ["old"]
+    assert not (tmp_path / "repository").exists()
 
 
 def test_changed_missing_and_added_files_are_named(artefacts, tmp_path):

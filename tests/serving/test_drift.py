@@ -43,8 +43,9 @@ def lines(found: dict[str, np.ndarray], **also: object) -> list[str]:
 
 
 def content(images: int = 256) -> dict:
-    origin = {"images": {"origin": "drawn numbers"}}
-    return {"weights": WEIGHTS, "reference": {"msfm": reference(answers(images))}, "parity": origin}
+    parity = {"passed": True, "failures": [], "images": {"origin": "drawn numbers"}}
+    known = {"flows": ["msfm"], "weights": WEIGHTS, "parity": parity}
+    return known | {"reference": {"msfm": reference(answers(images))}}
 
 
 def test_the_index_is_the_textbooks():
@@ -184,3 +185,31 @@ def test_the_command(tmp_path, capsys):
     journal.write_text("")
     with pytest.raises(SystemExit, match="no prediction of a version"):
         drift_command.main(words)
+
+
+MARGIN = {"edges": [0.1, 0.2], "counts": [1, 2, 3]}
+
+
+@pytest.mark.parametrize(
+    ("edit", "place"),
+    [
+        ({"reference": "x"}, "reference: expected an object"),
+        ({"reference": {"msfm": {"margin": {}}}}, r"reference\.msfm\.margin\.edges: expected a list"),
+        ({"reference": {"msfm": {"margin": MARGIN | {"edges": "x"}}}}, "edges: expected a list"),
+        ({"reference": {"msfm": {"margin": MARGIN | {"counts": [1]}}}}, "counts: expected 3 of them"),
+        ({"weights": None}, "weights: expected a list"),
+        ({"parity": {}}, r"parity\.passed: expected"),
+        ("[]", "is no JSON object"),
+        ("{", "is not JSON"),
+        ("[" * 100_000, "is not JSON"),
+        ("{}", "flows: expected some of .* got nothing"),
+        ('{"flows": ["msfm"]}', "weights: expected a list, got nothing"),
+    ],
+)
+def test_an_edited_content_is_refused_in_a_line(tmp_path, edit, place):
+    path, journal = tmp_path / VERSIONS / "1" / CONTENT, tmp_path / "predictions.jsonl"
+    path.parent.mkdir(parents=True)
+    path.write_text(edit if isinstance(edit, str) else json.dumps(content() | edit))
+    journal.write_text("".join(lines(answers(3))))
+    with pytest.raises(SystemExit, match=rf"^scaphoid-serve drift: [^\n]*content\.json[^\n]*{place}[^\n]*again$"):
+        drift_command.main([str(tmp_path), str(journal)])

@@ -11,6 +11,7 @@ import tritonclient.grpc
 from tritonclient.utils import InferenceServerException
 
 import scaphoid.triton_repo.monitoring.metrics
+from scaphoid.export.artefacts import MANIFEST
 from scaphoid.trainer.journal import Prediction
 from scaphoid.triton_repo.monitoring.drift import JournalReader
 from scaphoid.triton_repo.monitoring.metrics import SupervisorCollector
@@ -19,7 +20,7 @@ from scaphoid.triton_repo.supervisor.canary import IMAGE
 from scaphoid.triton_repo.supervisor.health import FAULTS, Health
 from scaphoid.triton_repo.supervisor.ports import free_ports
 from scaphoid.triton_repo.supervisor.server import running_server
-from scaphoid.triton_repo.versioning.versions import begin, weights_hash
+from scaphoid.triton_repo.versioning.versions import CONTENT, VERSIONS, begin, weights_hash
 
 DASHBOARD = Path(scaphoid.triton_repo.monitoring.metrics.__file__).parents[1] / "deploy" / "grafana.json"
 METRIC = re.compile(r"\b(?:nv|scaphoid)_[a-z_]+")
@@ -66,6 +67,21 @@ def test_health_becomes_metrics(tmp_path):
     faults = dict.fromkeys(((kind,) for kind in FAULTS), 0) | {("backend_died",): 1}
     assert values(found, "scaphoid_faults_total") == faults
     assert values(found, "scaphoid_version") == {("1", weights_hash({"weights": [{"sha256": "a"}]})): 1}
+
+
+@pytest.mark.parametrize("text", ["[]", "{", '{"reference": "x"}', "{}"])
+@pytest.mark.parametrize("file", [MANIFEST, f"{VERSIONS}/1/{CONTENT}"])
+def test_an_edited_repository_leaves_the_other_metrics(tmp_path, file, text):
+    weights = weights_hash(begin(tmp_path, {"flows": ["kalm"], "weights": [{"sha256": "a"}]}))
+    (tmp_path / file).write_text(text)
+    journal = tmp_path.with_name(f"{tmp_path.name}.jsonl")
+    journal.write_text(journal_line(weights, probability=0.25, margin=0.5, status="ok"))
+    (port, *_) = free_ports("127.0.0.1")
+    collector = SupervisorCollector(Health(("kalm",)), TritonApi("127.0.0.1", port), tmp_path, JournalReader([journal]))
+    found = collector.text().decode()
+    assert values(found, "scaphoid_predictions_total") == {("kalm", "ok"): 1}
+    assert values(found, "scaphoid_ready") == {(): 0}
+    assert values(found, "scaphoid_drift_index") == {}
 
 
 def journal_line(weights: str, **also: object) -> str:

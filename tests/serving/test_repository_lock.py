@@ -168,6 +168,26 @@ def test_a_switch_while_a_server_starts_waits_for_it_and_is_the_servers(reposito
     assert "next start serves version 2" in versions_command.switch(repository, 2)
 
 
+def test_a_server_that_takes_no_commands_from_here_is_not_said_to_be_none(repository, monkeypatch):
+    with versions.serving(repository), pytest.raises(InUse) as refused:
+        versions_command.switch(repository, 2)
+    assert f"repository is served by process {os.getpid()} (" in str(refused.value)
+    assert "\n" not in str(refused.value)
+    assert read_manifest(repository)["version"] == 1
+    assert "next start serves version 2" in versions_command.switch(repository, 2)
+
+
+def test_the_holder_of_the_same_inode_on_another_device_is_not_meant(tmp_path, monkeypatch):
+    found, here = tmp_path.stat(), os.getpid()
+    device = f"{os.major(found.st_dev):02x}:{os.minor(found.st_dev):02x}"
+    lines = [
+        f"{pid}: FLOCK ADVISORY WRITE {pid} {at}:{found.st_ino} 0 EOF" for pid, at in ((1, "ff:ff"), (here, device))
+    ]
+    (tmp_path / "locks").write_text("\n".join(lines))
+    monkeypatch.setattr(lock, "LOCKS", tmp_path / "locks")
+    assert lock.holder(tmp_path).startswith(f"process {here} ")
+
+
 @pytest.fixture
 def assembled(monkeypatch):
     """assembled(repository, weights): `assemble` onto it, of artefacts that are not read."""
@@ -197,6 +217,8 @@ def test_assembling_onto_added_versions_is_refused_and_onto_one_replaces_it(repo
     for _ in range(2):
         assembled(tmp_path / "another")
     assert read_manifest(tmp_path / "another")["versions"] == [1]
+    with versions.serving(repository), pytest.raises(InUse, match=r"is served by .* or stop the server first"):
+        assembled(repository)  # no advice to remove what is served
     shutil.rmtree(repository / versions.VERSIONS / "2")
     write_manifest(repository, {"flows": ["kalm"], "versions": [1], "version": 1})
     (repository / "of the one before").touch()

@@ -1,17 +1,19 @@
 """Every rule that a repository keeps, and that it finds a configuration that breaks it."""
 
+import re
 import shutil
 from pathlib import Path
 
 import pytest
+import yaml
 from google.protobuf import text_format
-from tritonclient.grpc.model_config_pb2 import DataType, ModelConfig, ModelInstanceGroup
+from tritonclient.grpc.model_config_pb2 import DataType, ModelConfig, ModelInstanceGroup, ModelQueuePolicy
 
 from scaphoid.trainer.contracts import STAGES
 from scaphoid.trainer.flows import FLOWS
 from scaphoid.triton_repo import rules
 from scaphoid.triton_repo.assemble import CONFIGS
-from scaphoid.triton_repo.configs import CONFIG, FIRST, GUARDED, TARGETS, ConfigError, guarded, read
+from scaphoid.triton_repo.configs import CONFIG, ENSEMBLES, FIRST, GUARDED, TARGETS, ConfigError, guarded, read
 from scaphoid.triton_repo.rules import RULES, check_repository
 
 
@@ -44,6 +46,15 @@ def test_the_guard_stands_before_everything_that_takes_an_encoded_image():
         assert [step.name for step in others] == [step.name for step in flow.steps]
         assert not any("encoded" in step.inputs.values() for step in others)
         assert flow.steps[0].inputs == {"encoded": "encoded"}  # the table itself is as it was
+
+
+def test_the_autoscaler_divides_by_a_step_that_every_image_takes_once():
+    """On a GPU too, where it is not the first."""
+    rules = yaml.safe_load((CONFIGS["gpu"].parent / "deploy/helm/files/prometheus-adapter.yaml").read_text())["rules"]
+    for query in (rules["custom"][0]["seriesQuery"], rules["custom"][0]["metricsQuery"]):
+        (counted,) = re.findall(r'model="(\w+)"', query)
+        for flows in ENSEMBLES.values():
+            assert all([step.stage.name for step in flow.steps].count(counted) == 1 for flow in flows.values())
 
 
 def step_of(config: ModelConfig, model: str):
@@ -121,6 +132,105 @@ BREAKS = [
         lambda c: setattr(policy(c, 1), "default_timeout_microseconds", 10**9),
         "time-out",
         "limits_the_guard_alone",
+    ),
+    (
+        "gpu",
+        "preprocess",
+        lambda c: setattr(policy(c, 2), "max_queue_size", 32),  # on one level alone
+        "queue limited: expected False",
+        "limits_the_guard_alone",
+    ),
+    (
+        "gpu",
+        "encoder",
+        lambda c: setattr(policy(c, 2), "default_timeout_microseconds", 10**9),
+        "time-out, at most 30 s: expected False",
+        "limits_the_guard_alone",
+    ),
+    (
+        "cpu",
+        "encoder",
+        lambda c: setattr(policy(c, 2), "max_queue_size", 32),
+        "queue limited: expected False",
+        "limits_preprocess_alone",
+    ),
+    (
+        "gpu",
+        "guard",
+        lambda c: c.dynamic_batching.priority_queue_policy.pop(2),  # that level falls back on no limit
+        "queue limited: expected True",
+        "limits_the_guard_alone",
+    ),
+    (
+        "gpu",
+        "guard",
+        lambda c: setattr(policy(c, 2), "timeout_action", ModelQueuePolicy.DELAY),
+        "timeout_action: expected 0, got 1",
+        "limits_the_guard_alone",
+    ),
+    (
+        "cpu",
+        "preprocess",
+        lambda c: setattr(c.dynamic_batching.default_queue_policy, "timeout_action", ModelQueuePolicy.DELAY),
+        "timeout_action: expected 0, got 1",
+        "limits_preprocess_alone",
+    ),
+    (
+        "gpu",
+        "preprocess",
+        lambda c: setattr(c.dynamic_batching, "max_queue_delay_microseconds", 10**7),
+        "max_queue_delay_microseconds: expected 0, got 10000000",
+        "batches",
+    ),
+    (
+        "gpu",
+        "guard",
+        lambda c: setattr(c.instance_group[0], "count", 0),
+        r"1 or more in each, got \[0\]",
+        "has_instances",
+    ),
+    ("cpu", "encoder", clear("instance_group"), r"1 or more in each, got \[\]", "has_instances"),
+    (
+        "gpu",
+        "guard",
+        lambda c: setattr(c.model_transaction_policy, "decoupled", True),
+        "decoupled: expected False",
+        "answers_once",
+    ),
+    (
+        "gpu",
+        "guard",
+        lambda c: setattr(c.parameters["EXECUTION_ENV_PATH"], "string_value", "env.tar.gz"),
+        "EXECUTION_ENV_PATH",
+        "loads_what_was_assembled",
+    ),
+    (
+        "gpu",
+        "encoder",
+        lambda c: c.model_operations.op_library_filename.append("plugin.so"),
+        "model_operations",
+        "loads_what_was_assembled",
+    ),
+    (
+        "cpu",
+        "result",
+        lambda c: setattr(c, "default_model_filename", "other.pt"),
+        "default_model_filename",
+        "loads_what_was_assembled",
+    ),
+    (
+        "gpu",
+        "kalm",
+        lambda c: c.model_repository_agents.agents.add(name="other"),
+        "model_repository_agents",
+        "loads_what_was_assembled",
+    ),
+    (
+        "gpu",
+        "msfm",
+        lambda c: setattr(step_of(c, "preprocess"), "model_version", 2),
+        r"expected one, got \[1, 2\]",
+        "pins_one_version",
     ),
     ("gpu", "object_crop", clear("parameters"), "DISABLE_OPTIMIZED_EXECUTION", "runs_glue_plainly"),
     ("gpu", "kalm", lambda c: setattr(c.response_cache, "enable", True), "response_cache", "caches_no_response"),

@@ -9,7 +9,7 @@ import pytest
 from scaphoid.trainer.band import FIRST, NOBODY, Answerer, Band, BandError, Fitted
 from scaphoid.trainer.data.dicom import to_pgm
 from scaphoid.trainer.flows import FLOWS
-from scaphoid.triton_repo.client import RequestRejected
+from scaphoid.triton_repo.client import RequestRejected, ServerUnavailable
 from scaphoid.triton_repo.triage import TriageClient, Triaged
 
 
@@ -22,10 +22,10 @@ def fitted(server, band: Band) -> Fitted:
     return Fitted(band, Answerer("msfm", server.weights, parts=True), {})
 
 
-def ask(server, band: Band | Fitted, images, flow: str = "msfm", **settings) -> list:
+def ask(server, band: Band | Fitted, images, flow: str = "msfm", in_flight: int = 1, **settings) -> list:
     async def run():
         async with TriageClient(server.url, band, flow, **settings) as client:
-            return await client.predict_all(images, in_flight=1)
+            return await client.predict_all(images, in_flight)
 
     return asyncio.run(run())
 
@@ -77,6 +77,54 @@ def test_one_bad_image_takes_no_other_along(fake_server, refusal):
     assert isinstance(refused, RequestRejected)
     assert isinstance(good, Triaged)
     assert isinstance(last, Triaged)
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_server_that_is_gone_is_waited_for_once(fake_server, whole):
+    """In the first call or the second."""
+
+    def stop(encoded, attempt):
+        if len(fake_server.asked[-1]) > 1 or not whole:
+            fake_server.stop()
+
+    fake_server.behave = stop
+    answers = ask(fake_server, Band(0, 1), map(pixels, range(20)), in_flight=4, timeout_s=0.5)
+    assert len(answers) == 20
+    assert all(isinstance(answer, ServerUnavailable) for answer in answers[-10:])
+    waited = {id(answer) for answer in answers if isinstance(answer, ServerUnavailable)}
+    assert len(waited) <= 4  # those in flight have an error each, and what is left one of these
+
+
+def test_calls_of_both_kinds_are_bounded_together(fake_server, slow):
+    fake_server.behave = slow(0.02)
+    answers = []
+
+    async def run():
+        async with TriageClient(fake_server.url, Band(0.4, 0.6), in_flight=2) as client:
+            answers.extend(await client.predict_all(map(pixels, range(24))))
+
+    asyncio.run(run())
+    assert {answer.whole for answer in answers} == {True, False}
+    assert fake_server.most_in_flight == 2
+
+
+def test_one_image_or_nobody_to_ask_is_refused(fake_server):
+    for image in ("hand.png", b"bytes", pixels(1)):
+        with pytest.raises(TypeError, match="pass a list"):
+            ask(fake_server, NOBODY, image)
+    with pytest.raises(ValueError, match="expected a whole in_flight >= 1, got 0"):
+        ask(fake_server, NOBODY, [pixels(1)], in_flight=0)
+    assert not fake_server.sent
+
+
+def test_a_triage_that_is_not_connected_says_so_and_closes(fake_server):
+    async def run():
+        client = TriageClient(fake_server.url, NOBODY)
+        await client.__aexit__(None, None, None)
+        with pytest.raises(RuntimeError, match="not connected: use it inside"):
+            await client.predict_all([pixels(1)])
+
+    asyncio.run(run())
 
 
 def test_a_fitted_band_brings_its_flow_and_parts(fake_server):

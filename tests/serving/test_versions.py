@@ -18,8 +18,9 @@ from scaphoid.triton_repo.supervisor.api import ServerError
 from scaphoid.triton_repo.supervisor.canary import IMAGE
 from scaphoid.triton_repo.supervisor.server import running_server
 from scaphoid.triton_repo.versioning import switch as switch_module
-from scaphoid.triton_repo.versioning import versions, versions_command
+from scaphoid.triton_repo.versioning import versions, versions_command, workspace
 from scaphoid.triton_repo.versioning.versions import (
+    CONTENT,
     VERSIONS,
     begin,
     changing,
@@ -53,6 +54,9 @@ def served(repository: Path) -> list[int]:
     return [*stage.version_policy.specific.versions, *flow.version_policy.specific.versions, step.model_version]
 
 
+FAILED = {"passed": False, "failures": ["boxes differ"], "accepted": "a trial"}
+
+
 @pytest.fixture
 def repository(tmp_path) -> Path:
     """Two models, one of them a flow, in two versions; the first is served."""
@@ -84,6 +88,14 @@ def test_a_version_is_its_configurations_documents_and_content(repository):
     assert [each["weights"][0]["sha256"] for each in contents(repository)] == ["a", "b"]
 
 
+def test_a_repository_is_not_added_as_artefacts(repository):
+    from scaphoid.triton_repo.versioning.add_version import add_version
+
+    with pytest.raises(ManifestError, match="repository is a model repository: give the artefacts"):
+        add_version(repository, repository)
+    assert verified(repository)["versions"] == [1, 2]
+
+
 class Killed(BaseException):
     pass
 
@@ -98,7 +110,8 @@ def test_an_unfinished_change_is_undone(repository, monkeypatch, capsys, how):
         (repository / "key_area_crop" / "3").mkdir()
         (repository / VERSIONS / "3" / "kalm").mkdir(parents=True)
         (repository / f"kalm/{CONFIG}{versions.PARTIAL}").touch()
-        (scratch(repository) / "repository").mkdir(parents=True)
+        workspace.make(scratch(repository))
+        (scratch(repository) / "repository").mkdir()
         assert served(repository) == [1, 2, 2, 2]
         if how == "killed":  # nothing more of this process runs
             monkeypatch.setattr(versions, "settle", lambda repository: None)
@@ -198,6 +211,43 @@ def test_a_switch_that_fails_anywhere_leaves_the_present_version(repository, mon
     assert {path: sha256(path) for path in sorted(repository.rglob("*")) if path.is_file()} == before
 
 
+def test_a_switch_says_when_the_present_version_is_not_served_either(repository, monkeypatch):
+    class Dead(Triton):
+        def load(self, name, config=None, files=None):
+            raise ServerError("connection refused")
+
+    monkeypatch.setattr(switch_module, "_stages", lambda flows, target: ["key_area_crop"])
+    with pytest.raises(ServerError, match="version 1 was not loaded again: connection refused"):
+        switch_module.switch(Dead(repository, 0), repository, ["kalm"], 2, lambda line, **fields: None)
+    assert verified(repository)["version"] == 1
+
+
+@pytest.mark.parametrize("damage", ["{", "[]", '{"flows": 3}', '{"flows": ["kalm"], "weights": [{}]}', "{}"])
+def test_a_damaged_version_is_one_line(repository, damage):
+    path = repository / VERSIONS / "2" / CONTENT
+    path.write_text(damage)
+    with pytest.raises(SystemExit, match=r"versions: \S+content\.json") as refused:
+        versions_command.main(["list", str(repository)])
+    assert "\n" not in str(refused.value)
+
+
+def test_a_foreign_folder_of_the_scratchs_name_stays(repository):
+    foreign = scratch(repository)
+    foreign.mkdir()
+    (foreign / "chapter1.tex").write_text("years of work")
+    with changing(repository):
+        pass
+    assert (foreign / "chapter1.tex").exists()
+    with pytest.raises(FileExistsError, match=r"repository\.adding is in the way"):
+        workspace.make(foreign)
+    (foreign / "chapter1.tex").rename(repository.with_name("chapter1.tex"))
+    (foreign / workspace.MARK).touch()
+    (foreign / "repository").mkdir()
+    with changing(repository):
+        pass
+    assert not foreign.exists()
+
+
 @pytest.fixture(scope="module")
 def broken(tiny_kalm, tmp_path_factory) -> Path:
     """Artefacts in order but for what they answer: no number."""
@@ -234,7 +284,7 @@ def test_what_may_not_be_added(assembled, tiny_kalm, tmp_path):
     before = (assembled / MANIFEST).read_bytes()
     for damage, message in (
         (lambda folder, manifest: (folder / "key_area_crop" / "model.pt").write_bytes(b"?"), "changed since"),
-        (lambda folder, manifest: manifest["parity"].update(passed=False, failures=["boxes differ"]), "boxes differ"),
+        (lambda folder, manifest: manifest["parity"].update(FAILED), "boxes differ"),
         (lambda folder, manifest: manifest.update(precision="bf16"), "encoder is configured differently"),
     ):
         folder = tmp_path / "artefacts"

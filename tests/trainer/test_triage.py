@@ -178,7 +178,14 @@ def test_only_the_split_that_is_named_is_fitted_on(tmp_path):
         ({}, ["--first-cost", "0"], "first_cost: expected more than 0"),
         ({}, ["--out", "band.png"], "expected a name for the band's JSON"),
         ({}, ["--max-loss", "-1"], "max_loss: expected an AUROC of 0 or more"),
-        ({}, ["--first-cost", "0.99"], "predict without --triage, or allow more"),
+        ({}, ["--first-cost", "0.99"], "loses 0 of AUROC or less; predict without --triage, or allow more"),
+        ({}, ["--first-cost", "1"], r"no band costs less than whole answers: a first call is 1\.00 of one; predict"),
+        (
+            {},
+            ["--first-cost", "0.97", "--max-loss", "1", "--boxes"],
+            r"costs less .* 0\.97 of one, and with --boxes all .*; predict without --triage, or fit without --boxes",
+        ),
+        ({}, ["--first-cost", "0.99", "--budget", "1"], r"within --budget 1, and no band is better .* budget below 1"),
     ],
 )
 def test_what_cannot_be_fitted_is_one_line(tmp_path, capsys, changes, more, message):
@@ -205,6 +212,16 @@ def test_answers_of_two_weights_are_refused(tmp_path, capsys):
         {"flow": "kalm"},
         {"weights": ""},
         {"low": None},
+        {"low": float("inf")},
+        {"low": 10**400},
+        {"low": True},
+        {"low": "0.1"},
+        {"low": -5, "high": 7},
+        {"low": 0.8, "high": 0.1},
+        {"parts": "no"},
+        {"weights": 3},
+        {"flow": ["msfm"]},
+        {"validation": 3},
     ],
 )
 def test_other_files_are_no_bands(tmp_path, change):
@@ -214,6 +231,13 @@ def test_other_files_are_no_bands(tmp_path, change):
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(BandError, match=r"band\.json is no band"):
         read_band(path)
+
+
+@pytest.mark.parametrize("band", [NOBODY, EVERYBODY, Band(0.5, 0.5)])
+def test_the_outermost_bands_are_read_as_they_were_written(tmp_path, band):
+    path = tmp_path / "band.json"
+    write_band(path, Fitted(band, Answerer("msfm", WEIGHTS, parts=False), {}))
+    assert read_band(path) == Fitted(band, Answerer("msfm", WEIGHTS, parts=False), {})
 
 
 def test_a_band_is_of_its_flow_parts_and_weights():

@@ -12,6 +12,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from scaphoid.export.artefacts import ManifestError
 from scaphoid.trainer.journal import weights_of
 from scaphoid.triton_repo.monitoring.drift import WINDOW, JournalReader, references_of
 from scaphoid.triton_repo.versioning.versions import contents
@@ -36,8 +37,8 @@ def main(words: list[str]) -> None:
         sys.exit(f"scaphoid-serve drift: {missing[0]} is not a file: expected predictions.jsonl of scaphoid-predict")
     try:
         known = contents(arguments.repository)
-    except (OSError, ValueError) as error:
-        sys.exit(f"scaphoid-serve drift: {arguments.repository}: {error}")
+    except (ManifestError, OSError) as error:
+        sys.exit(f"scaphoid-serve drift: {error}")
     if not known:
         sys.exit(f"scaphoid-serve drift: {arguments.repository} is not a model repository: assemble one first")
     references = references_of(known)
@@ -52,7 +53,8 @@ def main(words: list[str]) -> None:
     if arguments.json:
         print(json.dumps([asdict(each) | {"verdict": each.verdict} for each in drifts], indent=2))
         return
-    origin = ", ".join(dict.fromkeys(each["parity"]["images"]["origin"] for each in known if "parity" in each))
+    images = [each.get("parity", {}).get("images", {}) for each in known]
+    origin = ", ".join(dict.fromkeys(each["origin"] for each in images if "origin" in each))
     table = Table(*("flow", "version", "quantity", "predictions", "index", "by chance", ""))
     for each in drifts:
         cells = (str(each.predictions), f"{each.index:.3f}", f"{each.chance:.3f}", each.verdict)

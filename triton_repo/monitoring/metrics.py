@@ -9,13 +9,14 @@ backend refuses as a success of the stage, and as two failures of the flow; nati
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from scaphoid.export.artefacts import read_manifest
+from scaphoid.export.artefacts import ManifestError, read_manifest
 from scaphoid.triton_repo.monitoring.drift import STEPS, JournalReader, Watched, references_of
 from scaphoid.triton_repo.supervisor.api import TritonApi
 from scaphoid.triton_repo.supervisor.health import FAULTS, Health
@@ -69,8 +70,9 @@ class SupervisorCollector(Collector):
         yield GaugeMetricFamily("scaphoid_recovery_seconds", "From the last fault to serving", health.recovery_s)
 
         version = GaugeMetricFamily("scaphoid_version", "The one that is served", labels=["version", "weights"])
-        manifest = read_manifest(self._repository)
-        version.add_metric([str(manifest.get("version", versions.FIRST)), weights_hash(manifest)], 1)
+        with suppress(ManifestError, OSError):  # an edited one: everything else is told all the same
+            manifest = read_manifest(self._repository)
+            version.add_metric([str(manifest.get("version", versions.FIRST)), weights_hash(manifest)], 1)
         yield version
 
     def _stages(self) -> Iterator[Metric]:
@@ -105,7 +107,11 @@ class SupervisorCollector(Collector):
         labels = ["flow", "version", "quantity"]
         index = GaugeMetricFamily("scaphoid_drift_index", "Population stability index", labels=labels)
         limit = GaugeMetricFamily("scaphoid_drift_chance", "Exceeded by chance in 1 of 100", labels=labels)
-        for drift in journals.drifts(references_of(versions.contents(self._repository))):
+        try:
+            references = references_of(versions.contents(self._repository))
+        except (ManifestError, OSError):  # `scaphoid-serve drift` says which
+            references = {}
+        for drift in journals.drifts(references):
             index.add_metric([drift.flow, drift.version, drift.quantity], drift.index)
             limit.add_metric([drift.flow, drift.version, drift.quantity], drift.chance)
         yield from (lines, spread, index, limit)

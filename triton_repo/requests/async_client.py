@@ -12,7 +12,7 @@ import logging
 import os
 import time
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -83,6 +83,38 @@ class Result(Answer):
     request_id: str
     model_version: str
     sha256: str
+
+
+async def predict_each(
+    images: Iterable[Image], predict: Callable[[Image], Awaitable[T]], in_flight: int
+) -> list[T | ClientError]:
+    """What `predict` answers, or the error it ends with, for each of `images`, in their order, `in_flight` at once.
+    After a ServerUnavailable nothing more is asked: what is left is given that error. Raises TypeError for a single
+    image, ValueError for an `in_flight` that is no whole number >= 1."""
+    if isinstance(images, Image):
+        raise TypeError(f"predict_all takes many images, got one ({type(images).__name__}): pass a list of them")
+    if not isinstance(in_flight, int) or in_flight < 1:
+        raise ValueError(f"expected a whole in_flight >= 1, got {in_flight!r}")
+    answers: list[T | ClientError | None] = []
+    waiting = iter(images)
+    gone: ServerUnavailable | None = None
+
+    async def worker() -> None:
+        nonlocal gone
+        for image in waiting:
+            place = len(answers)
+            answers.append(gone)
+            if gone is None:
+                try:
+                    answers[place] = await predict(image)
+                except ClientError as error:
+                    answers[place] = error
+                    gone = error if isinstance(error, ServerUnavailable) else gone
+
+    async with asyncio.TaskGroup() as workers:
+        for _ in range(in_flight):
+            workers.create_task(worker())
+    return answers
 
 
 class AsyncClient:
@@ -194,28 +226,7 @@ class AsyncClient:
         """An answer, or the error it ended with, for each of `images`, in their order. Once no server can be reached
         any more, what is left is given that error without waiting again. Raises TypeError for a single image."""
         self._check_connected()
-        if isinstance(images, Image):
-            raise TypeError(f"predict_all takes many images, got one ({type(images).__name__}): pass a list of them")
-        answers: list[Result | ClientError | None] = []
-        waiting = iter(images)
-        gone: ServerUnavailable | None = None
-
-        async def worker() -> None:
-            nonlocal gone
-            for image in waiting:
-                place = len(answers)
-                answers.append(gone)
-                if gone is None:
-                    try:
-                        answers[place] = await self.predict(image)
-                    except ClientError as error:
-                        answers[place] = error
-                        gone = error if isinstance(error, ServerUnavailable) else gone
-
-        async with asyncio.TaskGroup() as workers:
-            for _ in range(self._limit):
-                workers.create_task(worker())
-        return answers
+        return await predict_each(images, self.predict, self._limit)
 
     async def infer(self, encoded: bytes) -> Outputs:
         """The flow's outputs for the bytes of one PNG, JPEG, BMP, TIFF or PGM file, sent as they are.

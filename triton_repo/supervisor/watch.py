@@ -15,6 +15,7 @@ from scaphoid.export.artefacts import ManifestError
 from scaphoid.triton_repo.supervisor.api import ServerError
 from scaphoid.triton_repo.supervisor.canary import TIMEOUT_S, CanaryLate
 from scaphoid.triton_repo.versioning import versions
+from scaphoid.triton_repo.versioning.lock import InUse
 
 if TYPE_CHECKING:
     from scaphoid.triton_repo.supervisor.server import Server
@@ -134,6 +135,13 @@ class Watcher:
                 with versions.starting(server.repository, LOCK_WAIT_S):
                     server.launch(stop)
                 break
+            except InUse as waiting:  # the server has not failed again: ready to start as soon as it is released
+                if stop.is_set():
+                    return
+                self._backoff.attempts -= 1
+                server.health.beat()
+                server.health.not_serving(f"not recovered: {waiting}")
+                server.report(f"not recovered: {waiting}", event="in_use", level="error")
             except (ManifestError, ServerError, OSError) as failure:
                 if stop.is_set():
                     return

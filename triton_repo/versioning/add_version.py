@@ -8,8 +8,9 @@ from tritonclient.grpc.model_config_pb2 import ModelConfig
 from scaphoid.export.artefacts import OPS_LIBRARY, ManifestError, read_manifest, sha256
 from scaphoid.export.tensorrt_engines.build_engines import BuildError
 from scaphoid.export.tensorrt_engines.load_engines import EngineError
-from scaphoid.triton_repo.assemble import VERSION, Engines, assemble
+from scaphoid.triton_repo.assemble import VERSION, Engines, assemble, refuse_repository
 from scaphoid.triton_repo.configs import CONFIG, ConfigError, read
+from scaphoid.triton_repo.versioning import workspace
 from scaphoid.triton_repo.versioning.versions import VERSIONS, changing, finish, number, pinned, scratch
 
 
@@ -22,11 +23,13 @@ def add_version(repository: Path, artefacts: Path, engines: Engines | None = Non
     own; and what `assemble` raises.
     """
     manifest = read_manifest(artefacts)  # `assemble` verifies
+    refuse_repository(artefacts, manifest)
     parity = manifest.get("parity", {})
     if not parity.get("passed"):
         reason = "; ".join(parity.get("failures", ())[:1]) or "its manifest tells of no gate"
         raise ManifestError(f"{artefacts} did not pass the gate of its export and is not added ({reason})")
     with changing(repository) as present:
+        workspace.make(scratch(repository))
         assembled = scratch(repository) / "repository"
         content = assemble(artefacts, assembled, engines)
         version = max(present["versions"]) + 1

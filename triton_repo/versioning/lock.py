@@ -58,8 +58,11 @@ def _try(folder: Path, alone: bool) -> int | None:
 def holder(folder: Path) -> str:
     """The process that has locked `folder`, with the beginning of its command; one in another container is not seen."""
     try:
-        inode = f":{folder.stat().st_ino}"
+        found = folder.stat()
+        inode = f":{found.st_ino}"
+        exactly = f"{os.major(found.st_dev):02x}:{os.minor(found.st_dev):02x}{inode}"
         held = [words for line in LOCKS.read_text().splitlines() if (words := line.split())[1] == "FLOCK"]
+        held.sort(key=lambda words: words[5] != exactly)  # some file systems show another device than to `stat`
         pid = next(words[4] for words in held if words[5].endswith(inode))
         command = " ".join(Path(f"/proc/{pid}/cmdline").read_text(errors="replace").replace("\0", " ").split())
     except (OSError, StopIteration, IndexError):

@@ -22,7 +22,7 @@ CANDIDATE = "_candidate"
 
 def switch(api: TritonApi, repository: Path, flows: Sequence[str], version: int, report: Callable[..., None]) -> dict:
     """Serve `version` of `flows`; returns what is served then. Raises ServerError, ManifestError as one: the version
-    before is served further."""
+    before is served further, unless the server did not load it again."""
     began = time.monotonic()
     try:
         with versions.changing(repository) as manifest:
@@ -34,9 +34,10 @@ def switch(api: TritonApi, repository: Path, flows: Sequence[str], version: int,
                 content = versions.exchange(repository, manifest, version)
             except BaseException as error:
                 versions.settle(repository)
-                _restore(api, (*flows, *stages))
+                lost = _restore(api, (*flows, *stages))
                 why = str(error) or type(error).__name__
-                line = f"version {version} is not served: {why}; version {present} is, further"
+                further = f"was not loaded again: {lost}" if lost else "is, further"
+                line = f"version {version} is not served: {why}; version {present} {further}"
                 report(line, event="switch_failed", version=version, level="error")
                 if not isinstance(error, (ServerError, OSError)):
                     raise
@@ -98,11 +99,16 @@ def _answers(api: TritonApi, flow: str, model: str = "") -> None:
                 raise
 
 
-def _restore(api: TritonApi, models: Sequence[str]) -> None:
-    """Load what the repository says again, flows first: they may run on the version that is given up."""
+def _restore(api: TritonApi, models: Sequence[str]) -> str:
+    """Load what the repository says again, flows first: they may run on the version that is given up. Returns why one
+    was not loaded, empty if all were."""
+    failures = []
     for name in models:
-        with suppress(ServerError):
+        try:
             api.load(name)
+        except ServerError as error:
+            failures.append(str(error))
+    return failures[0] if failures else ""
 
 
 def _stages(flows: Sequence[str], target: str) -> list[str]:

@@ -23,7 +23,9 @@ from google.protobuf import text_format
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 
 from scaphoid.export.artefacts import DOCUMENTS, MANIFEST, ManifestError, read_manifest, verify, write_manifest
+from scaphoid.export.manifest import REMEDY, Manifest, check
 from scaphoid.triton_repo.configs import CONFIG, read
+from scaphoid.triton_repo.versioning import workspace
 from scaphoid.triton_repo.versioning.lock import InUse, holder, locked
 
 CONFIGS = (f"*/{CONFIG}", "*/configs/*.pbtxt")  # custom ones, by the side of a model's usual one
@@ -61,7 +63,7 @@ def number(repository: Path, version: int, content: dict) -> None:
 def finish(repository: Path, version: int, versions: Sequence[int], previous: int | None = None) -> dict:
     """Make `version` the one that is served from the next start on; returns the manifest's content."""
     lay_out(repository, version)
-    content = json.loads((repository / VERSIONS / str(version) / CONTENT).read_text())
+    content = _content(repository / VERSIONS / str(version))
     content |= {"version": version, "versions": sorted(versions), "previous": previous}
     write_manifest(repository, content)
     return content
@@ -101,13 +103,26 @@ def pinned(config: ModelConfig, version: int) -> ModelConfig:
     return config
 
 
-def contents(repository: Path) -> list[dict]:
-    """What the manifests of all versions say, each with its `version`, but for the files. Raises OSError."""
-    folders = [each for each in (repository / VERSIONS).glob("*") if each.name.isdigit()]
-    return [
-        json.loads((each / CONTENT).read_text()) | {"version": int(each.name)}
-        for each in sorted(folders, key=lambda each: int(each.name))
-    ]
+def contents(repository: Path) -> list[Manifest]:
+    """What the manifests of all versions say, each with its `version`, but for the files. Raises ManifestError for an
+    edited one, OSError."""
+    folders = [each for each in (repository / VERSIONS).glob("*") if each.name.isdecimal()]
+    found = [_content(each) for each in sorted(folders, key=lambda each: int(each.name))]
+    for each in found:
+        _ = each["flows"], each["weights"]  # what whoever asks needs of all
+    return found
+
+
+def _content(folder: Path) -> Manifest:
+    """What `number` left in the `folder` of a version. Raises ManifestError, OSError."""
+    path = folder / CONTENT
+    try:
+        parts = json.loads(path.read_text())
+    except (ValueError, RecursionError) as error:
+        raise ManifestError(f"{path} is not JSON ({error}): {REMEDY}") from None
+    if not isinstance(parts, dict):
+        raise ManifestError(f"{path} is no JSON object: {REMEDY}")
+    return check(path, parts | {"version": int(folder.name)})
 
 
 def weights_hash(content: Mapping) -> str:
@@ -131,6 +146,17 @@ def serving(repository: Path) -> Iterator[None]:
     folder = repository / VERSIONS  # an earlier release assembled none
     with locked(folder, alone=False, wait_s=LOCK_WAIT_S) if folder.is_dir() else nullcontext():
         yield
+
+
+def served_by(repository: Path) -> str:
+    """The process that is `serving`; empty if there is none. For whoever holds the repository alone, so that none is
+    about to."""
+    folder = repository / VERSIONS
+    try:
+        with locked(folder, alone=True, wait_s=0):
+            return ""
+    except InUse:
+        return holder(folder)
 
 
 @contextmanager
@@ -161,16 +187,13 @@ def replacing(repository: Path) -> Iterator[None]:
     instead = f"`scaphoid-serve versions add {repository} ARTEFACTS` adds a version"
     with locked(repository, alone=True, wait_s=LOCK_WAIT_S):
         settle(repository)
+        if server := served_by(repository):
+            line = f"{repository} is served by {server}, so it is not replaced"
+            raise InUse(f"{line}: {instead}, or stop the server first")
         there = sorted(int(each.name) for each in folder.iterdir() if each.name.isdigit())
         if len(there) > 1:
             lost = f"{repository} holds versions {', '.join(map(str, there))}, which would be lost"
             raise ManifestError(f"{lost}: {instead}, or remove the folder first")
-        try:
-            with locked(folder, alone=True, wait_s=0):
-                pass
-        except InUse:
-            line = f"{repository} is served by {holder(folder)}, so it is not replaced"
-            raise InUse(f"{line}: {instead}, or stop the server first") from None
         yield
 
 
@@ -199,7 +222,7 @@ def settle(repository: Path) -> None:
     for left in repository.rglob(f"*{PARTIAL}"):
         left.unlink()
     lay_out(repository, manifest["version"])
-    shutil.rmtree(scratch(repository), ignore_errors=True)
+    workspace.remove(scratch(repository))
     _unfinished(repository).unlink()
 
 
@@ -210,7 +233,7 @@ def _unfinished(repository: Path) -> Path:
 
 
 def scratch(repository: Path) -> Path:
-    """A folder beside the repository, for whoever changes it; gone with the change."""
+    """A folder beside the repository, which whoever changes it makes with `workspace`; gone with the change."""
     resolved = repository.resolve()
     return resolved.with_name(resolved.name + ".adding")
 

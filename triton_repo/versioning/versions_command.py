@@ -121,8 +121,13 @@ def switch(repository: Path, version: int) -> str:
     with versions.changing(repository) as manifest:
         if (control := control_of(repository)) is None:
             checked(manifest, version)
+            if server := versions.served_by(repository):
+                raise InUse(
+                    f"{repository} is served by {server}, which takes no command from here: switch as its user, with "
+                    "the TMPDIR that it was started with, or stop it first"
+                )
             versions.exchange(repository, manifest, version)
-            return f"{repository}: no scaphoid-serve of yours runs on it; the next start serves version {version}"
+            return f"{repository}: no scaphoid-serve runs on it; the next start serves version {version}"
     return _ask(control, repository, version)  # it was starting meanwhile
 
 
