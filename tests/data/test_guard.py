@@ -35,16 +35,18 @@ def png(width: int, height: int, compressed: bytes, colour: int = 0) -> bytes:
 
 
 RGBA = np.dstack([GREY, GREY, GREY, np.full_like(GREY, 255)])
+GOOD_JPEG = encode(GREY, "JPEG")
 GOOD = {
     "png": encode(GREY, "PNG"),
     "png interlaced": encode(GREY, "PNG", interlace=1),
     "png 16 bit": encode(GREY.astype(np.uint16) * 257, "PNG"),
     "png palette": encode(Image.fromarray(GREY).convert("P"), "PNG"),
     "png opaque alpha": encode(RGBA, "PNG"),
-    "jpeg": encode(GREY, "JPEG"),
+    "jpeg": GOOD_JPEG,
     "jpeg progressive": encode(GREY, "JPEG", progressive=True),
     "jpeg cmyk": encode(Image.fromarray(RGBA[..., :3]).convert("CMYK"), "JPEG"),
-    "jpeg trailing bytes": encode(GREY, "JPEG") + bytes(100),
+    "jpeg trailing bytes": GOOD_JPEG + bytes(100),
+    "jpeg with fill bytes": GOOD_JPEG[:2] + b"\xff" * 1000 + GOOD_JPEG[2:-2] + b"\xff" * 1000 + GOOD_JPEG[-2:],
     "bmp": encode(GREY, "BMP"),
     "tiff": encode(GREY, "TIFF"),
     "tiff lzw": encode(GREY, "TIFF", compression="tiff_lzw"),
@@ -101,6 +103,7 @@ BAD = {
         "more than 100 scans",
     ),
     "jpeg of an end marker": (b"\xff\xd8\xff\xd9" + bytes(50), "ends before its pixels"),
+    "jpeg of fill bytes": (b"\xff\xd8" + b"\xff" * 200_000 + GOOD["jpeg"][2:], "64 KiB of fill bytes"),
     "jpeg without frame": (b"\xff\xd8\xff\xda\0\x08\1\1\0\0\x3f\0", "no frame header"),
     "jpeg progressive, closed early": (
         GOOD["jpeg progressive"][: GOOD["jpeg progressive"].rindex(b"\xff\xda")] + b"\xff\xd9",
@@ -137,18 +140,35 @@ def tiff(*tags: tuple[int, int, int, int], body: bytes = b"") -> bytes:
     return b"II*\0" + struct.pack("<I", 8) + directory + body
 
 
+def stored_rgba(width: int, height: int, bits: int, piece: int = 2**30) -> bytes:
+    """A PNG that is opaque but for its last pixel, its pixels stored rather than compressed, in chunks of `piece`."""
+    pixel = bits // 2
+    lines = np.zeros((height, 1 + width * pixel), np.uint8)
+    for byte in range(1 + pixel - bits // 8, 1 + pixel):
+        lines[:, byte::pixel] = 255
+    lines[-1, -1] = 254
+    header = struct.pack(">IIBBBBB", width, height, bits, 6, 0, 0, 0)
+    stream = zlib.compress(lines, 0)
+    pixels = b"".join(png_chunk(b"IDAT", stream[start : start + piece]) for start in range(0, len(stream), piece))
+    return b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", header) + pixels + png_chunk(b"IEND", b"")
+
+
 HOSTILE = {
-    "pgm of comments": b"P5\n" + b"#\n" * 1_000_000,
-    "jpeg of empty segments": b"\xff\xd8" + b"\xff\xe0\0\2" * 400_000,
-    "tiff whose entries all have the whole file": tiff(*[(1000, 1, 900_000, 8)] * 30_000, body=bytes(900_000)),
-    "tiff that says one thing often": tiff(*[(273, 1, 900_000, 8)] * 30_000, body=bytes(900_000)),
+    "pgm of comments": lambda: b"P5\n" + b"#\n" * 1_000_000,
+    "jpeg of empty segments": lambda: b"\xff\xd8" + b"\xff\xe0\0\2" * 400_000,
+    "jpeg of stuffing": lambda: b"\xff\xd8" + b"\xff\0" * 5_000_000,
+    "tiff whose entries all have the whole file": lambda: tiff(*[(1000, 1, 900_000, 8)] * 30_000, body=bytes(900_000)),
+    "tiff that says one thing often": lambda: tiff(*[(273, 1, 900_000, 8)] * 30_000, body=bytes(900_000)),
+    "png of 20 million stored RGBA pixels": lambda: stored_rgba(5000, 4000, 8),
+    "png of 10 million stored RGBA pixels of 16 bits": lambda: stored_rgba(5000, 2000, 16),
+    "png of stored RGBA pixels in small chunks": lambda: stored_rgba(32, 5000, 8, piece=100),
 }
 
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_reading_a_hostile_file_takes_no_more_than_its_bytes_allow(name):
-    """Each took minutes, or gigabytes: the interpreter's steps are counted here, not the time."""
-    steps = 0
+    """Each took minutes, or gigabytes: the interpreter's steps are counted here, and the bytes, not the time."""
+    steps, data = 0, HOSTILE[name]()
 
     def count(frame, event, argument):
         nonlocal steps
@@ -159,12 +179,163 @@ def test_reading_a_hostile_file_takes_no_more_than_its_bytes_allow(name):
     sys.settrace(count)
     try:
         with pytest.raises(RejectedImage):
-            check_encoded(HOSTILE[name])
+            check_encoded(data)
     finally:
         sys.settrace(None)
     assert tracemalloc.get_traced_memory()[1] < 32_000_000
     tracemalloc.stop()
     assert steps < 1_000_000
+
+
+def test_a_file_is_not_copied_for_each_megabyte_of_it(monkeypatch):
+    """What zlib leaves of its input, it copies: twice the pixels would take four times as long."""
+    fed, decompressobj = [], zlib.decompressobj
+
+    class Counting:
+        def __init__(self):
+            self.inner = decompressobj()
+
+        def decompress(self, data, size):
+            fed.append(len(data))
+            return self.inner.decompress(data, size)
+
+        def __getattr__(self, name):
+            return getattr(self.inner, name)
+
+    monkeypatch.setattr(zlib, "decompressobj", Counting)
+    data = stored_rgba(1000, 3000, 8)
+    with pytest.raises(RejectedImage, match="transparent"):
+        check_encoded(data)
+    assert len(data) <= sum(fed) + 100 < 1.2 * len(data)
+
+
+def test_opaque_pixels_in_chunks_of_any_length():
+    chunks = [png_chunk(b"IDAT", b"")] * 3
+    for piece in (1, 7, 65536, 2**30):
+        data = bytearray(stored_rgba(61, 47, 16, piece=piece))
+        with pytest.raises(RejectedImage, match="transparent"):
+            check_encoded(data)
+        lines = np.full((47, 1 + 61 * 8), 255, np.uint8)
+        lines[:, 0] = 0
+        stream = zlib.compress(lines, 0)
+        for start in range(0, len(stream), piece):
+            chunks += [png_chunk(b"IDAT", stream[start : start + piece]), png_chunk(b"IDAT", b"")]
+        header = png_chunk(b"IHDR", struct.pack(">IIBBBBB", 61, 47, 16, 6, 0, 0, 0))
+        body = b"\x89PNG\r\n\x1a\n" + header + b"".join(chunks) + png_chunk(b"IEND", b"")
+        assert check_encoded(body).bits == 16
+        chunks = []
+
+
+@pytest.mark.parametrize(("length", "reason"), [(256, None), (0, "transparent"), (257, "at most 256")])
+def test_transparencies_of_a_palette(length, reason):
+    palette = GOOD["png palette"]
+    at = palette.index(b"IDAT") - 4
+    data = palette[:at] + png_chunk(b"tRNS", b"\xff" * length) + palette[at:]
+    if reason is None:
+        check_encoded(data)
+    else:
+        with pytest.raises(RejectedImage, match=reason):
+            check_encoded(data)
+
+
+COLOUR = RGBA[..., :3]
+TIFFS = {
+    "strips lzw": (GREY, {"strip_size": 610, "compression": "tiff_lzw"}),
+    "strips deflate": (GREY, {"strip_size": 610, "compression": "tiff_adobe_deflate"}),
+    "strips lzw 16 bit": (GREY.astype(np.uint16) * 257, {"strip_size": 610, "compression": "tiff_lzw"}),
+    "packbits": (GREY, {"compression": "packbits"}),
+    "palette": (Image.fromarray(GREY).convert("P"), {}),
+    "colour": (COLOUR, {}),
+    "colour lzw": (COLOUR, {"compression": "tiff_lzw", "strip_size": 610}),
+    "jpeg": (COLOUR, {"compression": "jpeg"}),
+    "cmyk": (Image.fromarray(COLOUR).convert("CMYK"), {}),
+    "ycbcr": (Image.fromarray(COLOUR).convert("YCbCr"), {}),
+}
+
+
+@pytest.mark.parametrize("name", TIFFS)
+def test_tiffs_that_pillow_writes_pass(monkeypatch, name):
+    pixels, options = TIFFS[name]
+    options = dict(options)
+    if "strip_size" in options:
+        monkeypatch.setattr("PIL.TiffImagePlugin.STRIP_SIZE", options.pop("strip_size"))
+    data = encode(pixels, "TIFF", **options)
+    with Image.open(io.BytesIO(data)) as image:
+        image.load()
+        strips = len(image.tag_v2[273])
+    assert (strips > 1) == ("strip_size" in TIFFS[name][1])
+    assert check_encoded(data).width == 61
+
+
+TIFFFILE = {
+    "strips": (GREY, {"rowsperstrip": 10}),
+    "strips deflate": (GREY, {"rowsperstrip": 10, "compression": "zlib"}),
+    "tiles": (GREY, {"tile": (16, 32)}),
+    "tiles deflate": (GREY, {"tile": (16, 32), "compression": "zlib"}),
+    "planar": (COLOUR.transpose(2, 0, 1), {"photometric": "rgb", "planarconfig": "separate", "rowsperstrip": 10}),
+    "planar deflate": (
+        COLOUR.transpose(2, 0, 1),
+        {"photometric": "rgb", "planarconfig": "separate", "compression": "zlib"},
+    ),
+    "planar tiles": (COLOUR.transpose(2, 0, 1), {"photometric": "rgb", "planarconfig": "separate", "tile": (16, 16)}),
+    "big-endian 16 bit": (GREY.astype(">u2") * 257, {"rowsperstrip": 7, "byteorder": ">"}),
+}
+
+
+@pytest.mark.parametrize("name", TIFFFILE)
+def test_tiffs_that_tifffile_writes_pass(name):
+    tifffile = pytest.importorskip("tifffile")
+    pixels, options = TIFFFILE[name]
+    file = io.BytesIO()
+    tifffile.imwrite(file, pixels, **options)
+    assert check_encoded(file.getvalue()).height == 47
+
+
+def plain_tiff(**changes: int) -> bytes:
+    """61 x 47 grey pixels in a strip, but for what `changes` say; a tag of 0 is left out."""
+    tags = {256: 61, 257: 47, 258: 8, 259: 1, 262: 1, 273: 8, 277: 1, 278: 47, 279: 61 * 47}
+    tags |= {int(tag[1:]): value for tag, value in changes.items()}
+    return tiff(*((tag, 4, 1, value) for tag, value in sorted(tags.items()) if value), body=bytes(10_000))
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"t278": 24}, "1 strips or tiles, its size 2"),
+        ({"t257": 200, "t278": 100, "t279": 6100}, "1 strips or tiles, its size 2"),
+        ({"t278": 0}, None),  # left out: one strip
+        ({"t278": 2**32 - 1}, None),
+        ({"t279": 61 * 47 - 1}, "fewer pixels"),
+        ({"t279": 61 * 47 + 5}, None),
+        ({"t259": 5, "t279": 1}, None),  # compressed: what it holds, only a decoder can tell
+        ({"t258": 16}, "fewer pixels"),
+        ({"t277": 3, "t262": 2}, "fewer pixels"),
+        ({"t277": 3, "t262": 2, "t284": 2}, "1 strips or tiles, its size 3"),
+        ({"t277": 3, "t262": 6}, "YCbCr"),
+        ({"t322": 64}, "strips from tiles"),
+        ({"t273": 0, "t279": 0, "t278": 0, "t324": 8, "t325": 4096, "t322": 64, "t323": 64}, None),
+        ({"t273": 0, "t279": 0, "t278": 0, "t324": 8, "t325": 4095, "t322": 64, "t323": 64}, "fewer pixels"),
+        ({"t273": 0, "t279": 0, "t324": 8, "t325": 4096, "t322": 32, "t323": 64}, "1 strips or tiles, its size 2"),
+        ({"t273": 0, "t279": 0, "t324": 8, "t325": 4096, "t322": 2**31, "t323": 2**31, "t259": 5}, "pixels in the"),
+    ],
+)
+def test_strips_and_tiles_of_a_tiff_must_make_its_picture(changes, reason):
+    data = plain_tiff(**changes)
+    if reason is None:
+        check_encoded(data)
+    else:
+        with pytest.raises(RejectedImage, match=reason):
+            check_encoded(data)
+
+
+@pytest.mark.parametrize("tag", [278, 322, 323])
+def test_a_tiff_with_strips_or_tiles_of_no_length_is_refused(tag):
+    tags = {256: 61, 257: 47, 258: 8, 262: 1} | (
+        {273: 8, 278: 47, 279: 2867} if tag == 278 else {322: 64, 323: 64, 324: 8, 325: 4096}
+    )
+    tags[tag] = 0
+    with pytest.raises(RejectedImage, match="strips or tiles of"):
+        check_encoded(tiff(*((tag, 4, 1, value) for tag, value in sorted(tags.items())), body=bytes(10_000)))
 
 
 def test_a_png_has_no_endless_chunks(monkeypatch):

@@ -17,8 +17,8 @@ Rejected, with one line that says why:
   is shown in so few pixels;
 - more than one picture (animated PNG, multi-page TIFF): which of them is the radiograph is not ours to guess;
 - transparency in use: what lies under it depends on a background that the file does not define;
-- kinds that decoders read differently: 12-bit, lossless and arithmetic JPEG, float, 1-bit and big TIFF, compressed
-  BMP, PGM whose white is neither 255 nor 65535.
+- kinds that decoders read differently: 12-bit, lossless and arithmetic JPEG, float, 1-bit and big TIFF, TIFF of
+  uncompressed, subsampled YCbCr, compressed BMP, PGM whose white is neither 255 nor 65535.
 
 Decoded, and defined: colour becomes ITU-R BT.601 luma, also from a palette or CMYK (JPEG, TIFF); an alpha channel
 that is opaque everywhere is dropped; 16 bits become 8 by `round(value / 257)`, white being 65535, as the formats
@@ -29,7 +29,7 @@ data stored unscaled, it would be shown nearly black, and an answer about it wou
 import re
 import struct
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 
@@ -121,7 +121,9 @@ def _png(data: memoryview) -> ImageHeader:
     for kind, body in chunks:
         if kind == b"acTL":
             raise RejectedImage("an animated PNG: save the one frame that is the radiograph")
-        if kind == b"tRNS" and not (colour == 3 and set(body) == {255}):
+        if kind == b"tRNS" and len(body) > 256:
+            raise RejectedImage("damaged: a PNG palette has at most 256 transparencies")
+        if kind == b"tRNS" and not (colour == 3 and body and body == b"\xff" * len(body)):
             raise RejectedImage("a PNG with a transparent colour: save it without transparency")
         if kind == b"IDAT":
             pixels.append(body)
@@ -130,12 +132,13 @@ def _png(data: memoryview) -> ImageHeader:
     declared = height * (1 + (width * header.channels * bits + 7) // 8)
     if sum(map(len, pixels)) > 1.125 * declared + 4096:  # decoders inflate all of it, also what is beyond the last row
         raise RejectedImage("damaged: the PNG file holds more compressed bytes than its pixels need")
-    if colour in (4, 6) and (interlaced or not _png_is_opaque(header, b"".join(pixels))):
+    if colour in (4, 6) and (interlaced or not _png_is_opaque(header, pixels)):
         raise RejectedImage("a PNG with transparent (or interlaced) alpha: save it without an alpha channel")
     return header
 
 
 _PNG_CHUNKS = 2**18  # each takes a microsecond; encoders cut 50 million pixels into 40,000 at most
+_PNG_PIECE = 2**16  # compressed bytes at a time: zlib copies what it leaves of them
 _PNG_CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # colour type: grey, RGB, palette, grey + alpha, RGBA
 
 
@@ -151,30 +154,44 @@ def _opaque_residuals() -> np.ndarray:
     return table
 
 
-def _png_is_opaque(header: ImageHeader, compressed: bytes) -> bool:
+def _png_inflated(bodies: list[memoryview], sizes: Iterable[int]) -> Iterator[bytearray]:
+    """The pixels' bytes in blocks of these sizes, and nothing beyond them. Takes time in proportion to both."""
+    pieces = (body[start : start + _PNG_PIECE] for body in bodies for start in range(0, len(body), _PNG_PIECE))
+    inflate, rest = zlib.decompressobj(), b""
+    for size in sizes:
+        block = bytearray()
+        while len(block) < size:
+            piece = rest or next(pieces, b"")
+            inflated = inflate.decompress(piece, size - len(block))
+            if not inflated and (inflate.eof or not piece):
+                raise RejectedImage("truncated: the PNG file holds fewer rows than its header declares")
+            block += inflated
+            rest = inflate.unconsumed_tail
+        yield block
+
+
+def _png_is_opaque(header: ImageHeader, bodies: list[memoryview]) -> bool:
     """True if every alpha sample is 255 (65535). Filters need not be undone: as long as alpha was opaque so far, each
     filter leaves one known byte. Inflates about a megabyte at a time, and no more than the header declares."""
     sample = header.bits // 8
-    stride = 1 + header.width * header.channels * sample
+    pixel = header.channels * sample
+    stride = 1 + header.width * pixel
     rows_at_once = max(1, 2**20 // stride)
-    table, inflate, row = _opaque_residuals(), zlib.decompressobj(), 0
+    sizes = (min(rows_at_once, header.height - row) * stride for row in range(0, header.height, rows_at_once))
+    table, first_row = _opaque_residuals(), 1
     try:
-        while row < header.height:
-            rows = min(rows_at_once, header.height - row)
-            block = inflate.decompress(compressed, rows * stride)
-            if len(block) < rows * stride:
-                raise RejectedImage("truncated: the PNG file holds fewer rows than its header declares")
-            compressed = inflate.unconsumed_tail
-            lines = np.frombuffer(block, np.uint8).reshape(rows, stride)
-            filters, first = lines[:, 0], (np.arange(row, row + rows) == 0).astype(int)
+        for block in _png_inflated(bodies, sizes):
+            lines = np.frombuffer(block, np.uint8).reshape(-1, stride)
+            filters, first = lines[:, 0], np.zeros(len(lines), int)
+            first[0], first_row = first_row, 0
             if filters.max() > 4:
                 raise RejectedImage("damaged: the PNG file uses a filter that does not exist")
-            alpha = lines[:, 1:].reshape(rows, header.width, -1)[:, :, -sample:]
-            if (alpha[:, 0] != table[filters, first, 1][:, None]).any():
-                return False
-            if (alpha[:, 1:] != table[filters, first, 0][:, None, None]).any():
-                return False
-            row += rows
+            for byte in range(1 + pixel - sample, 1 + pixel):
+                alpha = lines[:, byte::pixel]
+                if (alpha[:, 0] != table[filters, first, 1]).any():
+                    return False
+                if (alpha[:, 1:] != table[filters, first, 0][:, None]).any():
+                    return False
     except zlib.error:
         raise RejectedImage("damaged: the PNG file's compressed pixels cannot be inflated") from None
     return True
@@ -214,7 +231,8 @@ def _tiff_directory(data: memoryview) -> tuple[dict[int, tuple[int, ...]], int]:
     return tags, struct.unpack_from(order + "I", data, start + 2 + 12 * entries)[0]
 
 
-_TIFF_TAGS = frozenset((256, 257, 258, 262, 273, 277, 279, 324, 325, 339))  # those that `_tiff` asks for
+# Those that `_tiff` asks for.
+_TIFF_TAGS = frozenset((256, 257, 258, 259, 262, 273, 277, 278, 279, 284, 322, 323, 324, 325, 339, 530))
 _TIFF_COUNT = MAX_PIXELS // MIN_SIDE  # of values, one for each row of the highest image
 _TIFF_TYPES = {1: ("B", 1), 3: ("H", 2), 4: ("I", 4)}
 
@@ -239,7 +257,37 @@ def _tiff(data: memoryview) -> ImageHeader:
         raise RejectedImage("damaged: the TIFF file does not say where its pixels are")
     if any(offset + count > len(data) for offset, count in zip(offsets, counts, strict=True)):
         raise RejectedImage("truncated: the TIFF file ends inside its pixels")
+    expected = _tiff_pieces(tags, width, height, channels, max(bits) // 8)
+    if len(counts) != len(expected):
+        raise RejectedImage(f"truncated: the TIFF file has {len(counts)} strips or tiles, its size {len(expected)}")
+    if any(count < least for count, least in zip(counts, expected, strict=True)):
+        raise RejectedImage("truncated: the TIFF file holds fewer pixels than its header declares")
     return ImageHeader("TIFF", width, height, channels, bits.pop())
+
+
+def _tiff_pieces(tags: dict[int, tuple[int, ...]], width: int, height: int, channels: int, sample: int) -> list[int]:
+    """For each strip or tile that the size asks for, the fewest bytes that it can have: all of them, or one where they
+    are compressed. `sample` in bytes."""
+    stored, planes = tags.get(259, (1,))[0] == 1, 1
+    if stored and tags[262][0] == 6 and tags.get(530) != (1, 1):
+        raise RejectedImage("a TIFF of subsampled, uncompressed YCbCr: save it as PNG")
+    if tags.get(284, (1,))[0] == 2:
+        planes, channels = channels, 1
+    if not tags.keys() & {322, 323, 324, 325}:
+        rows = min(tags.get(278, (height,))[0], height)
+        across, columns, last = 1, width, (height - 1) % max(1, rows) + 1
+    elif tags.keys() >= {322, 323, 324} and 273 not in tags:
+        columns, rows = tags[322][0], tags[323][0]
+        across, last = -(-width // max(1, columns)), rows  # tiles reach beyond the picture
+    else:
+        raise RejectedImage("damaged: the TIFF file does not tell strips from tiles")
+    if not 0 < rows * columns <= MAX_PIXELS:
+        raise RejectedImage(f"damaged: strips or tiles of {columns} x {rows} pixels in the TIFF file")
+    down = -(-height // rows)
+    if planes * across * down > _TIFF_COUNT:
+        raise RejectedImage(f"a TIFF of more than {_TIFF_COUNT:,} strips or tiles: save it as PNG")
+    full, end = ((length * columns * channels * sample if stored else 1) for length in (rows, last))
+    return ([full] * (across * (down - 1)) + [end] * across) * planes
 
 
 # white is zero, black is zero, RGB, palette, CMYK, and YCbCr within JPEG

@@ -7,7 +7,6 @@ picture and a picture that changes when bytes are put before the end marker (`en
 """
 
 import io
-import re
 import struct
 from collections.abc import Iterator
 
@@ -21,7 +20,7 @@ FILL = 128  # grey level of blocks that a decoder has no data for
 
 _START, _END, _SCAN, _PROGRESSIVE, _JPEG_LS = 0xD8, 0xD9, 0xDA, 0xC2, 0xF7
 _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # of every process; those three are tables
-_MARKER = re.compile(rb"\xff[^\x00\x01\xff\xd0-\xd7]")  # leaves out stuffing and markers without a body
+_BLOCK = 2**16  # bytes
 _CODESTREAM = b"\xff\x4f\xff\x51"  # JPEG 2000: SOC, SIZ
 # Every restart marker, so that a decoder that waits for one of them takes the bytes too.
 _MORE = b"".join(bytes(range(64)) + bytes((0xFF, 0xD0 + number)) for number in range(8))
@@ -29,17 +28,38 @@ _MORE = b"".join(bytes(range(64)) + bytes((0xFF, 0xD0 + number)) for number in r
 
 def segments(data: bytes) -> Iterator[tuple[int, int]]:
     """Every marker up to the end marker, and the position behind it. Compressed pixels are stepped over. Raises
-    struct.error when the bytes end inside a segment, RejectedImage for more than MAX_SEGMENTS."""
-    position, count = 2, 0
-    while found := _MARKER.search(data, position):
+    struct.error when the bytes end inside a segment, RejectedImage for more than MAX_SEGMENTS, and for fill bytes
+    without end."""
+    pixels, position, count = np.frombuffer(data, np.uint8), 2, 0
+    while found := _marker(pixels, position):
         if (count := count + 1) > MAX_SEGMENTS:
             raise RejectedImage(f"a JPEG of more than {MAX_SEGMENTS:,} segments: save it anew")
-        marker, position = data[found.end() - 1], found.end()
+        marker, position = data[found], found + 1
         yield marker, position
         if marker == _END:
             return
         if marker != _START:
             position += struct.unpack_from(">H", data, position)[0]
+
+
+def _marker(data: np.ndarray, position: int) -> int:
+    """Where the code of the next marker is; 0: there is none. Leaves out stuffing and markers without a body.
+
+    In blocks that grow, because a hostile file may consist of 0xFF or of stuffing, which costs a search for each.
+    """
+    size = 4096
+    while position + 1 < len(data):
+        block = data[position : position + size + 1]
+        code = block[1:]
+        found = (block[:-1] == 0xFF) & (code > 1) & (code != 0xFF) & (code & 0xF8 != 0xD0)
+        at = int(found.argmax())
+        if found[at]:
+            return position + 1 + at
+        if len(block) > _BLOCK and block.min() == 0xFF:
+            raise RejectedImage(f"damaged: {_BLOCK >> 10} KiB of fill bytes in the JPEG file")
+        position += size
+        size = min(4 * size, _BLOCK)
+    return 0
 
 
 def read_jpeg(data: bytes) -> ImageHeader:
