@@ -94,14 +94,14 @@ class Peaks:
 
 
 def machine() -> Machine:
-    import openvino as ov
+    from scaphoid.export.edge.openvino_engine import core
 
     description = _cpuinfo()
     flags = (description.get("flags") or description.get("Features") or "").split()
     name = description.get("model name") or platform.processor() or platform.machine()
     if "cpu family" in description:
         name += f" (family {description['cpu family']}, model {description['model']})"
-    capabilities = ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    capabilities = core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     return Machine(
         name,
         len(os.sched_getaffinity(0)),
@@ -177,10 +177,12 @@ def _openvino_product(a: np.ndarray, b: np.ndarray, precision: str) -> Callable[
     import openvino as ov
     from openvino import opset13
 
+    from scaphoid.export.edge.openvino_engine import core
+
     left = opset13.parameter(a.shape, np.float32)
     model = ov.Model([opset13.matmul(left, opset13.constant(b), False, False)], [left])
     options = {"INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY"}
-    request = ov.Core().compile_model(model, "CPU", options).create_infer_request()
+    request = core().compile_model(model, "CPU", options).create_infer_request()
     return lambda: request.infer([a], share_inputs=True, share_outputs=True)
 
 

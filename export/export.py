@@ -43,7 +43,7 @@ from scaphoid.export.manifest import check
 from scaphoid.export.parity_report import rounds, table
 from scaphoid.export.pipeline_to_dali import pipeline_to_dali
 from scaphoid.export.precision import Precision, effective_precision
-from scaphoid.export.publish import GateError, partial_of, publish
+from scaphoid.export.publish import GateError, place_of, publish
 from scaphoid.export.runner import PREPROCESS_BATCH
 from scaphoid.export.tensorrt_engines.device_files import write_device_files
 from scaphoid.export.trained import ExportError, Trained, load_trained
@@ -80,14 +80,14 @@ def export(
     also = choose([*formats, *(["onnx"] if precision == "int8" else [])])
     if taken := [path for path in (out, *out.parents) if path.exists() and not path.is_dir()]:
         raise ExportError(f"--out {out}: {taken[0]} is a file: artefacts need a folder of their own")
-    with partial_of(out) as partial:  # nothing half-written stays, whatever happens
+    with place_of(out) as work:  # nothing half-written stays, whatever happens
         trained = load_trained(weights)
         checked_on = gate_images(images, data)
         with room_in(out.parent):
-            content = write_artefacts(trained, precision, also, chosen, partial)
+            content = write_artefacts(trained, precision, also, chosen, work.new)
             check(out / MANIFEST, content)
-            report = hold(partial, content, trained.eager, checked_on)
-            return publish(partial, out, content, report, accept)
+            report = hold(work.new, content, trained.eager, checked_on)
+            return publish(work, content, report, accept)
 
 
 def write_artefacts(

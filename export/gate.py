@@ -12,12 +12,12 @@ from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
-import openvino as ov
 import torch
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
+from scaphoid.export.edge.openvino_engine import core
 from scaphoid.export.flow_parity import Answers, Parity, short
 from scaphoid.export.format_parity import Engine, Errors, ExportedStage, OutputError, engines
 from scaphoid.export.formats import named
@@ -182,7 +182,7 @@ def report_of(manifest: Mapping, images: GateImages, stages: Sequence[OutputErro
             "patients": len({each.patient for each in images.radiographs}),
             "origin": images.origin,
         },
-        "cpu": ov.Core().get_property("CPU", "FULL_DEVICE_NAME"),
+        "cpu": core().get_property("CPU", "FULL_DEVICE_NAME"),
         "quantization": quantization,
         "stages": [
             {

@@ -11,9 +11,9 @@ HINTS = {"f32": "f32", "bf16": "bf16", "int8": "f32"}  # its hint: int8 is in th
 def effective_precision(wanted: Precision) -> Precision:
     """What this CPU computes in when `wanted` is asked for: without the instructions OpenVINO falls back to f32,
     silently. Raises ImportError where its Python package is not installed."""
-    import openvino as ov
+    from scaphoid.export.edge.openvino_engine import core
 
-    return wanted if CAPABILITIES[wanted] in ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES") else "f32"
+    return wanted if CAPABILITIES[wanted] in core().get_property("CPU", "OPTIMIZATION_CAPABILITIES") else "f32"
 
 
 def fallback(wanted: Precision) -> str:

@@ -1,9 +1,7 @@
-"""The place of an export: what it may replace, the folder it writes to first, and the last step: what passed the gate
-takes its place, what failed goes to OUT.rejected."""
+"""The place of an export: what it may replace; and the last step: what passed the gate takes its place, what failed
+goes to OUT.rejected."""
 
-import fcntl
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,13 +16,13 @@ from scaphoid.export.artefacts import (
     read_manifest,
     write_manifest,
 )
+from scaphoid.export.lock import InUse
 from scaphoid.export.model_card import model_card
 from scaphoid.export.parity_report import markdown
 from scaphoid.export.trained import ExportError
+from scaphoid.export.workspace import Workspace, beside
 
-PARTIAL = ".partial"
 REJECTED = ".rejected"
-EARLIER = ".earlier"  # for the moment between two renames
 
 
 class GateError(Exception):
@@ -32,47 +30,24 @@ class GateError(Exception):
 
 
 @contextmanager
-def partial_of(out: Path) -> Iterator[Path]:
-    """An empty folder beside `out` for the export to fill, gone afterwards unless it was renamed. Raises ExportError
-    when another process exports into `out`, and for what `out` holds and no export may replace."""
-    partial = out.with_name(out.name + PARTIAL)
-    partial.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(partial, os.O_RDONLY | os.O_DIRECTORY)
+def place_of(out: Path) -> Iterator[Workspace]:
+    """Where an export into `out` is written. Raises ExportError when another process exports into it, and for what
+    `out`, or the folders beside it that an export writes, hold and no export may replace."""
     try:
-        if not _lock(descriptor, partial):
-            raise ExportError(f"--out {out}: another process exports into it: let that finish, or choose another --out")
-        try:
-            _put_back(out)
+        with beside(out) as work:
+            rejected = _rejected(out)
+            if rejected.exists() and not (rejected / PARITY).is_file():
+                raise ExportError(f"{rejected} is in the way and is not deleted unasked: choose another --out")
             if held := _not_ours(out):
                 raise ExportError(f"--out {out} is not empty and {held}: choose another --out")
-            for each in partial.iterdir():  # left by an export that was killed
-                shutil.rmtree(each) if each.is_dir() and not each.is_symlink() else each.unlink()
-            yield partial
-        finally:
-            if _is(descriptor, partial):  # neither published, nor another process's by now
-                shutil.rmtree(partial, ignore_errors=True)
-    finally:
-        os.close(descriptor)
+            work.new.mkdir()
+            yield work
+    except InUse as error:
+        raise ExportError(f"--out {out}: another process exports into it ({error})") from None
 
 
-def _lock(descriptor: int, partial: Path) -> bool:
-    """Whether this process alone has `partial` now; the kernel releases it when the process ends, however it ends."""
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return _is(descriptor, partial)
-
-
-def _is(descriptor: int, folder: Path) -> bool:
-    return folder.exists() and os.path.samestat(os.fstat(descriptor), folder.stat())
-
-
-def _put_back(out: Path) -> None:
-    """What an export that was killed between its two renames has left."""
-    earlier = out.with_name(out.name + EARLIER)
-    if (earlier / MANIFEST).is_file() and not out.exists():
-        earlier.rename(out)
+def _rejected(out: Path) -> Path:
+    return out.with_name(out.name + REJECTED)
 
 
 def _not_ours(out: Path) -> str:
@@ -90,20 +65,20 @@ def _not_ours(out: Path) -> str:
     return f"holds {others[0].relative_to(out)}, which its manifest does not list" if others else ""
 
 
-def publish(partial: Path, out: Path, content: dict, report: dict, accept: str = "") -> dict:
-    """Make the exported folder `partial` the artefacts `out`, with the gate's `report`, a model card and a manifest of
-    `content`; returns the manifest's content.
+def publish(work: Workspace, content: dict, report: dict, accept: str = "") -> dict:
+    """Make what was exported to `work.new` the artefacts of its place, OUT, with the gate's `report`, a model card and
+    a manifest of `content`; returns the manifest's content.
 
     A report that failed needs `accept`, the reason, which the manifest keeps with what failed. Without one GateError is
-    raised: earlier artefacts in `out` stay, and `partial` becomes OUT.rejected, without a manifest.
+    raised: earlier artefacts stay, and what was exported becomes OUT.rejected, without a manifest.
     """
-    (partial / PARITY).write_text(json.dumps(report, indent=1) + "\n")
-    (partial / PARITY_REPORT).write_text(markdown(report))
-    rejected = out.with_name(out.name + REJECTED)
+    (work.new / PARITY).write_text(json.dumps(report, indent=1) + "\n")
+    (work.new / PARITY_REPORT).write_text(markdown(report))
+    rejected = _rejected(work.place)
     shutil.rmtree(rejected, ignore_errors=True)
     accept = " ".join(accept.split())
     if not report["passed"] and not accept:
-        partial.rename(rejected)
+        work.new.rename(rejected)
         lines = "\n  ".join(report["failures"])
         raise GateError(
             f"not published: differs from eager fp32 by more than the tolerances. See {rejected / PARITY_REPORT}; "
@@ -112,17 +87,7 @@ def publish(partial: Path, out: Path, content: dict, report: dict, accept: str =
     parity = {key: report[key] for key in ("passed", "images", "notes", "failures")}
     content = content | {"parity": parity | ({} if report["passed"] else {"accepted": accept})}
     content |= {"reference": report["reference"]}
-    (partial / MODEL_CARD).write_text(model_card(content, report))
-    write_manifest(partial, content)
-    earlier = out.with_name(out.name + EARLIER)
-    shutil.rmtree(earlier, ignore_errors=True)
-    try:
-        if out.exists():
-            out.rename(earlier)
-        partial.rename(out)
-    except BaseException:  # an interruption too
-        if earlier.exists() and not out.exists():
-            earlier.rename(out)
-        raise
-    shutil.rmtree(earlier, ignore_errors=True)
+    (work.new / MODEL_CARD).write_text(model_card(content, report))
+    write_manifest(work.new, content)
+    work.exchange()
     return content

@@ -41,6 +41,7 @@ from scaphoid.export.artefacts import (
 from scaphoid.export.precision import HINTS
 from scaphoid.export.tensorrt_engines.build_engines import PRECISIONS, BuildError, gpu_name, load_tensorrt
 from scaphoid.export.tensorrt_engines.load_engines import EngineError, find_engine
+from scaphoid.export.workspace import beside
 from scaphoid.trainer.contracts import ENCODED
 from scaphoid.triton_repo.configs import (
     ACCEPTED,
@@ -55,8 +56,7 @@ from scaphoid.triton_repo.configs import (
 )
 from scaphoid.triton_repo.memory import BOUNDED, SERVER_FLAGS, server_flags, step_limit
 from scaphoid.triton_repo.rules import check_assembled
-from scaphoid.triton_repo.versioning import versions, workspace
-from scaphoid.triton_repo.versioning.lock import locked
+from scaphoid.triton_repo.versioning import versions
 from scaphoid.triton_repo.versioning.versions import weights_hash
 
 CONFIGS = {target: Path(__file__).parent / target for target in ("cpu", "gpu")}
@@ -111,24 +111,13 @@ def assemble(artefacts: Path, repository: Path, engines: Engines | None = None, 
     refuse_repository(artefacts, manifest)
     if repository.exists() and any(repository.iterdir()) and not (repository / MANIFEST).is_file():
         raise FileExistsError(f"{repository} is not empty and was not assembled by this command: choose another folder")
-    work = repository.with_name(repository.name + ".partial")
-    new, old = work / "new", work / "old"
-    work.parent.mkdir(parents=True, exist_ok=True)
-    with locked(work.parent, alone=True, wait_s=versions.LOCK_WAIT_S):
-        _put_back(old, repository)
-        workspace.make(work)
-        try:
-            content = _write_repository(artefacts, manifest, new, engines, configs or CONFIGS[target_of(engines)])
-            if not _is_there(new, repository):
-                with versions.replacing(repository):
-                    if os.path.ismount(repository):
-                        raise OSError(f"{repository} is a mount point, which stays: choose a folder in it")
-                    if repository.exists():
-                        repository.rename(old)
-                    new.rename(repository)
-        finally:
-            _put_back(old, repository)
-            workspace.remove(work)
+    with beside(repository, versions.LOCK_WAIT_S) as work:
+        content = _write_repository(artefacts, manifest, work.new, engines, configs or CONFIGS[target_of(engines)])
+        if not _is_there(work.new, repository):
+            with versions.replacing(repository):
+                if os.path.ismount(repository):
+                    raise OSError(f"{repository} is a mount point, which stays: choose a folder in it")
+                work.exchange()
     return content
 
 
@@ -148,12 +137,6 @@ def _place(artefacts: Path, repository: Path) -> Path:
             f"{repository} is the current directory or around it: choose another folder, or call from outside"
         )
     return place
-
-
-def _put_back(old: Path, repository: Path) -> None:
-    """The repository that was moved away, when no other one came to its place, even in a process that was killed."""
-    if old.exists() and not repository.exists() and workspace.is_ours(old.parent):
-        old.rename(repository)
 
 
 def _is_there(new: Path, repository: Path) -> bool:

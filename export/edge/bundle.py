@@ -22,6 +22,7 @@ from scaphoid.export.disk import room_in
 from scaphoid.export.edge.flow import BATCH
 from scaphoid.export.edge.memory import MIB, budgets
 from scaphoid.export.tensorrt_engines.build_engines import encoders, no_onnx, onnx_file
+from scaphoid.export.workspace import beside
 
 STARTS = (
     "scaphoid.export.edge.command",
@@ -40,21 +41,18 @@ def bundle(
     artefacts: Path, out: Path, precision: str = "f16", wheels: bool = True, python: str = PYTHON
 ) -> Iterator[str]:
     """Writes the folder `out`, which must not be there yet, telling each step. Raises ManifestError for artefacts that
-    are damaged or hold no ONNX of that precision, OSError when `out` exists or wheels cannot be fetched."""
+    are damaged or hold no ONNX of that precision, OSError when `out` exists or wheels cannot be fetched,
+    InUse when another process writes it."""
     manifest = verify(artefacts)
     stages = encoders(manifest)
     if missing := [stage for stage in stages if onnx_file(stage, precision) not in manifest["files"]]:
         raise ManifestError(no_onnx(artefacts, missing[0], precision))
     if out.exists():
         raise FileExistsError(f"{out} is there already: choose another folder")
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
+    with beside(out) as work:
         with room_in(out.parent):
-            yield from _fill(partial, artefacts, manifest, precision, wheels, python)
-        partial.rename(out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+            yield from _fill(work.new, artefacts, manifest, precision, wheels, python)
+        work.exchange()
     yield f"{out}: copy it to the device and run there: sudo sh install.sh"
 
 

@@ -58,13 +58,13 @@ def budgets(artefacts: Path, batches: list[int], precision: str, threads: int) -
 
 
 def _model(artefacts: Path, stage: str) -> Any:
-    import openvino as ov
+    from scaphoid.export.edge.openvino_engine import core
 
     openvino = artefacts / stage / "model.xml"
     onnx = sorted((artefacts / "onnx").glob(f"{stage}.*onnx"))
     if not openvino.is_file() and not onnx:
         raise ManifestError(no_onnx(artefacts, stage, "f32"))
-    return ov.Core().read_model(str(openvino if openvino.is_file() else onnx[0]))
+    return core().read_model(str(openvino if openvino.is_file() else onnx[0]))
 
 
 def _bytes(port: Any, precision: str) -> int:

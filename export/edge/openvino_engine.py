@@ -16,14 +16,13 @@ def compiled(path: Path, precision: str, threads: int = 0) -> ov.CompiledModel:
     options: dict[str, object] = {"INFERENCE_PRECISION_HINT": HINTS[precision], "PERFORMANCE_HINT": "LATENCY"}
     if threads:
         options["INFERENCE_NUM_THREADS"] = threads
-    return _core().compile_model(str(path), "CPU", options)
+    return core().compile_model(str(path), "CPU", options)
 
 
 @cache
-def _core() -> ov.Core:
-    """One for the process: each sets the stack that signals are handled on (where the CPU has AMX), and when several
-    end in another order than they began, it stays set to memory that is gone: the next signal is a segmentation fault.
-    """
+def core() -> ov.Core:
+    """One for the process: each sets the stack that signals are handled on, and when several end in another order than
+    they began, it stays set to memory that is gone: the next signal is a segmentation fault."""
     return ov.Core()
 
 

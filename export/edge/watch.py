@@ -9,13 +9,11 @@ holds is moved and not predicted again. Neither names nor pixels are logged.
 """
 
 import errno
-import fcntl
 import itertools
 import os
 import shutil
 import stat
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from threading import Event
@@ -23,6 +21,7 @@ from threading import Event
 from scaphoid.export.artefacts import sha256
 from scaphoid.export.disk import FULL, room_in
 from scaphoid.export.edge.flow import BATCH, Flow, Result
+from scaphoid.export.lock import locked
 from scaphoid.trainer.journal import JOURNAL, Journal, Prediction
 
 UNFINISHED = (".part", ".tmp")
@@ -63,25 +62,6 @@ class Arrivals:
         return [self._inbox / name for _, name in complete if name not in self._left]
 
 
-@contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
-    """Raises BlockingIOError when another process watches into `folder`, with its number: it is in the lock's file."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "a+") as lock:  # not "w", which would empty the file of whoever holds it
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.seek(0)
-            holder = lock.read(20).strip()
-            who = f"process {holder}" if holder.isdecimal() else "another process"
-            raise BlockingIOError(
-                f"{who} already watches into {folder} and holds {folder / '.lock'}: stop it, or name another folder"
-            ) from None
-        lock.truncate(0)
-        print(os.getpid(), file=lock, flush=True)
-        yield
-
-
 @dataclass
 class Watch:
     """Predicts into `out` what arrives in `inbox`. `parts`: whether MSFM's windows are classified; `threshold`: None
@@ -96,7 +76,7 @@ class Watch:
 
     def run(self, stop: Event, seconds: float = 1.0) -> None:
         """Looks every so many `seconds` until `stop` is set; what is being predicted then is finished first. Raises
-        BlockingIOError when `out` is taken by another process, OSError when it cannot be written, ValueError when
+        InUse when another process watches into `out`, OSError when it cannot be written, ValueError when
         `inbox` is a folder that results go to."""
         if not self.inbox.is_dir():
             raise NotADirectoryError(f"{self.inbox} is no folder: name the one that radiographs arrive in")
@@ -105,7 +85,11 @@ class Watch:
             raise ValueError(f"results would go into {self.inbox}, which is watched: name another folder for them")
         for place in places:
             place.mkdir(parents=True, exist_ok=True)
-        with room_in(self.out), alone_in(self.out), Journal(self.out / JOURNAL) as journal:
+        with (
+            room_in(self.out),
+            locked(self.out, alone=True, wait_s=0),
+            Journal(self.out / JOURNAL) as journal,
+        ):
             arrivals = Arrivals(self.inbox)
             while not stop.is_set():
                 complete = arrivals.look()

@@ -16,6 +16,7 @@ from scaphoid.export import publish as publish_module
 from scaphoid.export import trained as trained_module
 from scaphoid.export.artefacts import MANIFEST, ManifestError, accepted, verify, write_manifest
 from scaphoid.export.disk import claim, room_in
+from scaphoid.export.workspace import Workspace, make
 
 
 @pytest.fixture
@@ -202,26 +203,24 @@ def test_links_and_special_files_do_not_verify(folder, tmp_path):
 
 
 @pytest.mark.parametrize("error", [OSError(16, "Device or resource busy"), KeyboardInterrupt("busy")])
-def test_earlier_artefacts_stay_when_the_new_ones_cannot_take_their_place(error, tmp_path, monkeypatch):
-    out, partial = tmp_path / "out", tmp_path / "out.partial"
-    for each in (out, partial):
-        each.mkdir()
-    (out / "earlier").touch()
+def test_earlier_artefacts_stay_when_the_new_ones_cannot_take_their_place(error, folder, monkeypatch):
     monkeypatch.setattr(publish_module, "model_card", lambda *_: "")
     monkeypatch.setattr(publish_module, "markdown", lambda *_: "")
     rename = Path.rename
 
     def busy(path, target):
-        if path == partial:
+        if (path.name, target) == ("new", folder):
+            assert not folder.exists()
             raise error
         return rename(path, target)
 
     monkeypatch.setattr(Path, "rename", busy)
     report = {"passed": True, "images": {}, "notes": [], "failures": [], "reference": {}}
-    with pytest.raises(type(error), match="busy"):
-        publish_module.publish(partial, out, {}, report)
-    assert [each.name for each in out.iterdir()] == ["earlier"]
-    assert sorted(each.name for each in tmp_path.iterdir() if each.name.startswith("out")) == ["out", "out.partial"]
+    before = verify(folder)
+    with pytest.raises(type(error), match="busy"), publish_module.place_of(folder) as work:
+        publish_module.publish(work, {"flows": ["kalm"]}, report)
+    assert verify(folder) == before
+    assert [each.name for each in folder.parent.iterdir() if each.name.startswith(folder.name)] == [folder.name]
 
 
 @pytest.mark.parametrize("threshold", [float("nan"), 7, "abc", None, True])
@@ -257,46 +256,60 @@ def test_what_is_not_artefacts_is_not_replaced(folder, change, message):
     before = sorted(folder.rglob("*"))
     with (
         pytest.raises(trained_module.ExportError, match=f"{message}.*: choose another --out"),
-        publish_module.partial_of(folder),
+        publish_module.place_of(folder),
     ):
         pass
     assert sorted(folder.rglob("*")) == before
-    assert not folder.with_name(folder.name + publish_module.PARTIAL).exists()
+    assert not Workspace(folder).folder.exists()
+
+
+@pytest.mark.parametrize("suffix", [".partial", ".rejected"])
+def test_what_an_export_would_write_beside_is_not_replaced_either(folder, suffix):
+    beside = folder.with_name(folder.name + suffix)
+    beside.mkdir()
+    (beside / "thesis.tex").touch()
+    with (
+        pytest.raises(
+            (FileExistsError, trained_module.ExportError), match=rf"{suffix} is in the way and is not deleted"
+        ),
+        publish_module.place_of(folder),
+    ):
+        pass
+    assert [each.name for each in beside.iterdir()] == ["thesis.tex"]
 
 
 def test_damaged_artefacts_may_be_replaced_and_what_a_killed_export_left_is_not_in_the_way(folder):
     tamper(folder / "encoder" / "model.bin")
     (folder / "parity.json").unlink()
-    left = folder.with_name(folder.name + publish_module.PARTIAL) / "encoder"
-    left.mkdir(parents=True)
-    with publish_module.partial_of(folder) as partial:
-        assert list(partial.iterdir()) == []
-        (partial / "half").touch()
-    assert not partial.exists()
+    work = Workspace(folder)
+    make(work.folder)
+    (work.new / "encoder").mkdir(parents=True)
+    with publish_module.place_of(folder) as work:
+        assert list(work.new.iterdir()) == []
+        (work.new / "half").touch()
+    assert not work.folder.exists()
 
 
 def test_a_second_export_into_the_same_folder_is_refused_and_harms_nothing(tmp_path):
     out = tmp_path / "artefacts"
-    with publish_module.partial_of(out) as partial:
-        (partial / "encoder").touch()
+    with publish_module.place_of(out) as work:
+        (work.new / "encoder").touch()
         with (
             pytest.raises(trained_module.ExportError, match="another process exports into it"),
-            publish_module.partial_of(out),
+            publish_module.place_of(out),
         ):
             pass
-        with publish_module.partial_of(tmp_path / "others"):
+        with publish_module.place_of(tmp_path / "others"):
             pass
-        assert (partial / "encoder").exists()
-        partial.rename(out)
-        with publish_module.partial_of(tmp_path / "artefacts2") as other:
-            pass
+        assert (work.new / "encoder").exists()
+        work.exchange()
     assert [each.name for each in tmp_path.iterdir()] == [out.name]
-    assert not other.exists()
 
 
 def test_artefacts_that_a_killed_export_had_put_aside_come_back(folder):
-    aside = folder.with_name(folder.name + publish_module.EARLIER)
-    folder.rename(aside)
-    with publish_module.partial_of(folder):
+    work = Workspace(folder)
+    make(work.folder)
+    folder.rename(work.old)
+    with publish_module.place_of(folder):
         assert verify(folder)["flows"] == ["kalm"]
-    assert not aside.exists()
+    assert not work.folder.exists()

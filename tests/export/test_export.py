@@ -91,6 +91,7 @@ def test_f32_is_everywhere_and_others_fall_back_to_it():
 
 def test_what_engines_run_in_is_told_without_openvinos_package_too(monkeypatch):
     monkeypatch.setitem(sys.modules, "openvino", None)
+    monkeypatch.delitem(sys.modules, "scaphoid.export.edge.openvino_engine")
     assert fallback("f32") == ""
     unknown = "exported for bf16; what they run in is unknown: OpenVINO's Python package is not installed here"
     assert fallback("bf16") == unknown

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import numpy
 import pytest
 
+from scaphoid.export import workspace
 from scaphoid.export.artefacts import (
     DOCUMENTS,
     GPU_FILES,
@@ -31,7 +32,6 @@ from scaphoid.triton_repo.memory import BOUNDED, SERVER_FLAGS
 from scaphoid.triton_repo.rules import check_assembled
 from scaphoid.triton_repo.supervisor.api import ServerError
 from scaphoid.triton_repo.supervisor.installation import installation
-from scaphoid.triton_repo.versioning import workspace
 
 SIZES = {"height": 230, "width": 230, "map_height": 8, "map_width": 9, "part_height": 115, "part_width": 115}
 SIZES |= {"key_height": 115, "key_width": 115, "bytes": 33}

@@ -12,17 +12,18 @@ from pathlib import Path
 
 import pytest
 
+from scaphoid.export import lock
 from scaphoid.export.artefacts import ManifestError, read_manifest, write_manifest
+from scaphoid.export.lock import InUse, locked
 from scaphoid.triton_repo import assemble as assemble_module
 from scaphoid.triton_repo.supervisor import leftovers
 from scaphoid.triton_repo.supervisor.server import Server, running_server
-from scaphoid.triton_repo.versioning import lock, versions, versions_command
-from scaphoid.triton_repo.versioning.lock import InUse, locked
+from scaphoid.triton_repo.versioning import versions, versions_command
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from scaphoid.triton_repo.versioning.lock import locked
+from scaphoid.export.lock import locked
 with locked(Path(sys.argv[1]), alone=True, wait_s=0):
     print("held", flush=True)
     time.sleep(60)

@@ -12,13 +12,14 @@ import pytest
 from google.protobuf import text_format
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 
+from scaphoid.export import workspace
 from scaphoid.export.artefacts import MANIFEST, ManifestError, read_manifest, sha256, verify, write_manifest
 from scaphoid.triton_repo.configs import CONFIG, read
 from scaphoid.triton_repo.supervisor.api import ServerError
 from scaphoid.triton_repo.supervisor.canary import IMAGE
 from scaphoid.triton_repo.supervisor.server import running_server
 from scaphoid.triton_repo.versioning import switch as switch_module
-from scaphoid.triton_repo.versioning import versions, versions_command, workspace
+from scaphoid.triton_repo.versioning import versions, versions_command
 from scaphoid.triton_repo.versioning.versions import (
     CONTENT,
     VERSIONS,

@@ -15,13 +15,13 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from scaphoid.export.artefacts import write_manifest
+from scaphoid.export.lock import InUse, locked
 from scaphoid.triton_repo.supervisor import canary, watch
 from scaphoid.triton_repo.supervisor.api import ServerError
 from scaphoid.triton_repo.supervisor.canary import CanaryLate
 from scaphoid.triton_repo.supervisor.process import TritonProcess
 from scaphoid.triton_repo.supervisor.server import Server
 from scaphoid.triton_repo.supervisor.watch import LONGEST_WAIT_S, Backoff, Fault, Watcher
-from scaphoid.triton_repo.versioning.lock import InUse, locked
 
 
 def quiet(line: str, **fields: object) -> None:

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from scaphoid.export.artefacts import ManifestError
+from scaphoid.export.lock import InUse
 from scaphoid.triton_repo.supervisor.api import ServerError
 from scaphoid.triton_repo.supervisor.canary import TIMEOUT_S, CanaryLate
 from scaphoid.triton_repo.versioning import versions
-from scaphoid.triton_repo.versioning.lock import InUse
 
 if TYPE_CHECKING:
     from scaphoid.triton_repo.supervisor.server import Server

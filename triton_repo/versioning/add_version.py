@@ -5,12 +5,12 @@ from pathlib import Path
 
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 
+from scaphoid.export import workspace
 from scaphoid.export.artefacts import OPS_LIBRARY, ManifestError, read_manifest, sha256
 from scaphoid.export.tensorrt_engines.build_engines import BuildError
 from scaphoid.export.tensorrt_engines.load_engines import EngineError
 from scaphoid.triton_repo.assemble import VERSION, Engines, assemble, refuse_repository
 from scaphoid.triton_repo.configs import CONFIG, ConfigError, read
-from scaphoid.triton_repo.versioning import workspace
 from scaphoid.triton_repo.versioning.versions import VERSIONS, changing, finish, number, pinned, scratch
 
 

@@ -5,8 +5,8 @@
       encoder/config.pbtxt    the served version's; 1/ 2/ ... hold the models
       versions/2/             configurations (encoder/config.pbtxt ...), content.json and documents of version 2
 
-Locks (lock.py): whoever starts a server from a repository holds it beside others that do so, and whoever changes it
-holds it alone. A running server holds `versions/`, which keeps the repository from being replaced.
+Locks (export/lock.py): whoever starts a server from a repository holds it beside others that do so, and whoever
+changes it holds it alone. A running server holds `versions/`, which keeps the repository from being replaced.
 
 All versions of a model share its one config.pbtxt; a stage's names the versions to load, and a flow's steps pin them.
 A change is undone unless its last step, the new manifest, was taken: by whoever began it, or at the next start.
@@ -22,11 +22,11 @@ from pathlib import Path
 from google.protobuf import text_format
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 
+from scaphoid.export import workspace
 from scaphoid.export.artefacts import DOCUMENTS, MANIFEST, ManifestError, read_manifest, verify, write_manifest
+from scaphoid.export.lock import InUse, holder, locked
 from scaphoid.export.manifest import REMEDY, Manifest, check
 from scaphoid.triton_repo.configs import CONFIG, read
-from scaphoid.triton_repo.versioning import workspace
-from scaphoid.triton_repo.versioning.lock import InUse, holder, locked
 
 CONFIGS = (f"*/{CONFIG}", "*/configs/*.pbtxt")  # custom ones, by the side of a model's usual one
 

@@ -20,12 +20,12 @@ from typing import Annotated
 import tyro
 
 from scaphoid.export.artefacts import ManifestError, read_manifest
+from scaphoid.export.lock import InUse
 from scaphoid.triton_repo.keys import KEY_HEADER
 from scaphoid.triton_repo.supervisor import leftovers
 from scaphoid.triton_repo.supervisor.api import ServerError
 from scaphoid.triton_repo.supervisor.endpoint import CONTROL, SWITCH
 from scaphoid.triton_repo.versioning import versions
-from scaphoid.triton_repo.versioning.lock import InUse
 from scaphoid.triton_repo.versioning.switch import checked
 
 SWITCH_TIMEOUT_S = 1800.0  # it loads every stage; each is given its own time

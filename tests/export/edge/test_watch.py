@@ -1,6 +1,5 @@
 """What arrives in a folder is predicted once, whatever happens to the process in between."""
 
-import fcntl
 import json
 import os
 import shutil
@@ -17,7 +16,8 @@ pytest.importorskip("torch")
 pytest.importorskip("openvino")
 
 from scaphoid.export.edge.flow import Flow, Result
-from scaphoid.export.edge.watch import Arrivals, Watch, alone_in
+from scaphoid.export.edge.watch import Arrivals, Watch
+from scaphoid.export.lock import InUse, locked
 from scaphoid.trainer import predictions
 from scaphoid.trainer.journal import JOURNAL, read_predictions
 
@@ -43,17 +43,11 @@ def test_only_files_that_stay_the_same_have_arrived(tmp_path):
 def test_one_process_watches_into_a_folder_and_the_next_is_told_which(tmp_path):
     inbox, out = tmp_path / "inbox", tmp_path / "out"
     inbox.mkdir()
-    said = rf"process {os.getpid()} already watches into {out} and holds {out}/\.lock: stop it, or name another folder"
-    for _ in range(2):  # who was refused leaves the number of who holds it
-        with alone_in(out), pytest.raises(BlockingIOError, match=f"^{said}$"):
-            Watch(None, inbox, out).run(threading.Event())
-    (out / ".lock").write_text("")
-    with open(out / ".lock") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(BlockingIOError, match=r"^another process already watches into"), alone_in(out):
-            pass
-    with alone_in(out):
-        assert (out / ".lock").read_text() == f"{os.getpid()}\n"
+    with (
+        locked(out, alone=True, wait_s=0, make=True),
+        pytest.raises(InUse, match=rf"^{out} is in use by process {os.getpid()} \(.*\): let that finish, or end it"),
+    ):
+        Watch(None, inbox, out).run(threading.Event())
 
 
 def test_a_full_disk_is_told_with_its_folder(tmp_path, monkeypatch):

@@ -22,11 +22,11 @@ class InUse(ManifestError):
 
 
 @contextmanager
-def locked(folder: Path, *, alone: bool, wait_s: float) -> Iterator[None]:
+def locked(folder: Path, *, alone: bool, wait_s: float, make: bool = False) -> Iterator[None]:
     """Hold `folder`, `alone` or beside others that do not want it alone. Raises InUse after `wait_s` seconds, also for
-    a folder that is not there: whoever replaces it has just removed it."""
+    a folder that is not there, unless told to `make` it: whoever replaces it has just removed it."""
     deadline = time.monotonic() + wait_s
-    while (descriptor := _try(folder, alone)) is None:
+    while (descriptor := _try(folder, alone, make)) is None:
         if time.monotonic() >= deadline:
             waited = f" and was not released within {wait_s:g} s" if wait_s else ""
             raise InUse(f"{folder} is in use by {holder(folder)}{waited}: let that finish, or end it, and try again")
@@ -37,8 +37,10 @@ def locked(folder: Path, *, alone: bool, wait_s: float) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _try(folder: Path, alone: bool) -> int | None:
+def _try(folder: Path, alone: bool, make: bool) -> int | None:
     """What holds the lock, for `os.close`; None when another process does, or has replaced the folder meanwhile."""
+    if make:
+        folder.mkdir(parents=True, exist_ok=True)
     try:
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     except FileNotFoundError:
