@@ -3,6 +3,9 @@ wheel.
 
 As the native one it binds tensors by name and reads the engine's options from the configuration's parameters. It runs a
 batch as it is, where the native one pads it to max_batch_size. It also reads INFERENCE_PRECISION_HINT.
+
+The native one has all engines in one process. Here each has one of its own, so its threads are not pinned to cores:
+OpenVINO pins those of every process to the same ones, where each layer then waits for the slower of two threads.
 """
 
 import scaphoid.export  # noqa: F401  # isort: skip  (declines OpenVINO's reports home, so before it)
@@ -28,7 +31,8 @@ class TritonPythonModel:
         config = json.loads(args["model_config"])
         parameters = {key: value["string_value"] for key, value in config.get("parameters", {}).items()}
         path = Path(args["model_repository"], args["model_version"], "model.xml")
-        compiled = ov.Core().compile_model(path, "CPU", {key: parameters[key] for key in OPTIONS if key in parameters})
+        options = {key: parameters[key] for key in OPTIONS if key in parameters} | {"ENABLE_CPU_PINNING": "NO"}
+        compiled = ov.Core().compile_model(path, "CPU", options)
         self._request = compiled.create_infer_request()
         self._inputs = [tensor["name"] for tensor in config["input"]]
         self._outputs = [tensor["name"] for tensor in config["output"]]
