@@ -10,7 +10,7 @@ from scaphoid.bench.open_loop import OpenLoad, open_load
 from scaphoid.bench.queueing import open_loop, poisson
 from scaphoid.bench.server_load import Load, LoadError
 from scaphoid.bench.service_times import Execution, ServiceTimes, StageTime, _idle_s, _line, model_core_s
-from scaphoid.bench.tail import Measured, Simulated, Tail
+from scaphoid.bench.tail import Measured, Round, Simulated, Tail
 from scaphoid.bench.timing import Rate
 
 
@@ -116,8 +116,8 @@ def test_bars_are_judged(times):
 
     def judged(factor: float, alone_ms: tuple[float, ...], failures: tuple[str, ...] = (), late_s=0.0) -> list[str]:
         load = OpenLoad(arrivals, factor * outcome.latencies_s, late_s, failures)
-        measured = Measured(ServiceTimes("kalm", times.stages, alone_ms), saturation, load, 4.0)
-        return tail.judge(measured, Simulated(outcome, (outcome,)), 0.7)[0]
+        measured = Measured((Round(ServiceTimes("kalm", times.stages, alone_ms), saturation, load, 4.0),))
+        return tail.judge(measured, [Simulated(outcome, (outcome,))], 0.7)[0]
 
     steady = tuple(np.linspace(70, 80, 50))
     assert judged(1.2, steady) == []
