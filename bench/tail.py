@@ -112,6 +112,8 @@ def tail(arguments: Tail) -> Report:
     """Serve, measure, simulate, judge. Raises ValueError, ManifestError, ServerError, LoadError and OSError."""
     if not 0 < arguments.share < 1:
         raise ValueError(f"--share: expected a part of the saturation between 0 and 1, got {arguments.share}")
+    if arguments.rounds < 1:
+        raise ValueError(f"--rounds: expected 1 or more, got {arguments.rounds}")
     wanted = wanted_outputs(arguments.flow, arguments.parts)
     here = machine()
     tell("how steady this machine is by itself")
@@ -186,9 +188,15 @@ def judge(measured: Measured, simulated: Sequence[Simulated], share: float) -> t
     others = max(each.others for each in measured.rounds)
     p50_machine, p99_machine = np.percentile(measured.machine_ms, (50, 99))
     machine = p99_machine / p50_machine
+    middle = np.median(measured.load_ms) / np.median(simulated_ms(simulated))
+    rounds = [
+        real.load.percentile_ms(99) / np.percentile(simulated_ms([paper]), 99)
+        for real, paper in zip(measured.rounds, simulated, strict=True)
+    ]
     facts = [
         f"one request at a time: p99 is {alone:.2f} x p50 (bar {ALONE_BAR})",
-        f"at {100 * share:.0f} % of saturation: p99 is {ratio:.2f} x the simulated one (bar: within {LOAD_BAR})",
+        f"at {100 * share:.0f} % of saturation: p99 is {ratio:.2f} x the simulated one, all rounds together (bar: "
+        f"within {LOAD_BAR}), {min(rounds):.2f} to {max(rounds):.2f} x in single ones; p50 {middle:.2f} x",
         f"requests were sent {late_ms:.1f} ms late (p99); a latency counts from when its request was due",
         f"the machine by itself: p99 is {machine:.2f} x p50 of the same {p50_machine:.0f} ms of sorting on one core, "
         "nothing served; in the open loop other programs and other guests of the hypervisor kept "

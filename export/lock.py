@@ -1,4 +1,4 @@
-"""Locks on a repository's folders, which the kernel releases when the process that holds them ends, however it ends.
+"""Locks on folders, which the kernel releases when the process that holds them ends, however it ends.
 
 A folder can be locked where nothing can be written, and needs no line in the manifest as a file would. The locks are
 known to one machine: they do not keep another one from changing what both have mounted.

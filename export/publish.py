@@ -16,13 +16,14 @@ from scaphoid.export.artefacts import (
     read_manifest,
     write_manifest,
 )
-from scaphoid.export.lock import InUse
+from scaphoid.export.lock import InUse, locked
 from scaphoid.export.model_card import model_card
 from scaphoid.export.parity_report import markdown
 from scaphoid.export.trained import ExportError
 from scaphoid.export.workspace import Workspace, beside
 
 REJECTED = ".rejected"
+READERS_S = 120.0  # to wait for those who read the artefacts that are replaced
 
 
 class GateError(Exception):
@@ -36,18 +37,25 @@ def place_of(out: Path) -> Iterator[Workspace]:
     try:
         with beside(out) as work:
             rejected = _rejected(out)
-            if rejected.exists() and not (rejected / PARITY).is_file():
+            if not _may_be_rejected(rejected):
                 raise ExportError(f"{rejected} is in the way and is not deleted unasked: choose another --out")
             if held := _not_ours(out):
                 raise ExportError(f"--out {out} is not empty and {held}: choose another --out")
             work.new.mkdir()
             yield work
     except InUse as error:
-        raise ExportError(f"--out {out}: another process exports into it ({error})") from None
+        raise ExportError(f"--out {out}: another process exports into it, or reads what is there ({error})") from None
 
 
 def _rejected(out: Path) -> Path:
     return out.with_name(out.name + REJECTED)
+
+
+def _may_be_rejected(folder: Path) -> bool:
+    """Whether nothing is there, or what the gate has rejected: it has a report, and no manifest as all else has."""
+    if not folder.exists() and not folder.is_symlink():
+        return True
+    return not folder.is_symlink() and (folder / PARITY).is_file() and not (folder / MANIFEST).exists()
 
 
 def _not_ours(out: Path) -> str:
@@ -89,5 +97,9 @@ def publish(work: Workspace, content: dict, report: dict, accept: str = "") -> d
     content |= {"reference": report["reference"]}
     (work.new / MODEL_CARD).write_text(model_card(content, report))
     write_manifest(work.new, content)
-    work.exchange()
+    if work.place.exists():
+        with locked(work.place, alone=True, wait_s=READERS_S):  # whoever assembles from it
+            work.exchange()
+    else:
+        work.exchange()
     return content

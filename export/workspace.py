@@ -39,6 +39,8 @@ class Workspace:
         if self.place.exists():
             self.place.rename(self.old)
         self.new.rename(self.place)
+        if self.old.exists():
+            self.old.rename(self.folder / "gone")  # half deleted it must not come back
 
     def put_back(self) -> None:
         """What was moved away, when nothing came to its place."""
@@ -49,8 +51,9 @@ class Workspace:
 @contextmanager
 def beside(place: Path, wait_s: float = 0) -> Iterator[Workspace]:
     """The workspace of `place`, this process's alone, empty and gone afterwards. Raises InUse when another process has
-    it and does not end within `wait_s` seconds, FileExistsError for a foreign folder of its name, which stays."""
+    it and does not end within `wait_s` seconds, FileExistsError for what is foreign and has its name, which stays."""
     work = Workspace(place)
+    refuse_foreign(work.folder)
     with locked(work.folder, alone=True, wait_s=wait_s, make=True):
         refuse_foreign(work.folder)
         work.put_back()

@@ -36,8 +36,10 @@ from scaphoid.export.artefacts import (
     WARMUP,
     ManifestError,
     accepted,
+    read_manifest,
     verify,
 )
+from scaphoid.export.lock import locked
 from scaphoid.export.precision import HINTS
 from scaphoid.export.tensorrt_engines.build_engines import PRECISIONS, BuildError, gpu_name, load_tensorrt
 from scaphoid.export.tensorrt_engines.load_engines import EngineError, find_engine
@@ -107,11 +109,14 @@ def assemble(artefacts: Path, repository: Path, engines: Engines | None = None, 
     that lie in one another, FileExistsError for a foreign one.
     """
     repository = _place(artefacts, repository)
-    manifest = verify(artefacts)
-    refuse_repository(artefacts, manifest)
+    refuse_repository(artefacts, read_manifest(artefacts))
+    if repository.exists() and not repository.is_dir():
+        raise NotADirectoryError(f"{repository} is a file: a repository needs a folder of its own, name another")
     if repository.exists() and any(repository.iterdir()) and not (repository / MANIFEST).is_file():
         raise FileExistsError(f"{repository} is not empty and was not assembled by this command: choose another folder")
-    with beside(repository, versions.LOCK_WAIT_S) as work:
+    # Held, so that no export replaces between two files what they are copied from.
+    with locked(artefacts, alone=False, wait_s=versions.LOCK_WAIT_S), beside(repository, versions.LOCK_WAIT_S) as work:
+        manifest = verify(artefacts)
         content = _write_repository(artefacts, manifest, work.new, engines, configs or CONFIGS[target_of(engines)])
         if not _is_there(work.new, repository):
             with versions.replacing(repository):
@@ -303,6 +308,8 @@ def main() -> None:
     try:
         engines = arguments.engines and Engines.of_this_machine(arguments.engines, arguments.precision)
         content = assemble(arguments.artefacts, arguments.repository, engines)
+    except KeyboardInterrupt:
+        sys.exit("assemble: interrupted; an earlier repository is as it was")
     except (ManifestError, ConfigError, EngineError, BuildError, OSError) as error:
         sys.exit(f"assemble: {error}")
     made_for = f"{content['gpu']}, TensorRT {content['tensorrt']}" if engines else "any CPU"

@@ -47,12 +47,12 @@ def bundle(
     stages = encoders(manifest)
     if missing := [stage for stage in stages if onnx_file(stage, precision) not in manifest["files"]]:
         raise ManifestError(no_onnx(artefacts, missing[0], precision))
-    if out.exists():
-        raise FileExistsError(f"{out} is there already: choose another folder")
     with beside(out) as work:
+        if out.exists() or out.is_symlink():
+            raise FileExistsError(f"{out} is there already: choose another folder")
         with room_in(out.parent):
             yield from _fill(work.new, artefacts, manifest, precision, wheels, python)
-        work.exchange()
+        work.new.rename(out)  # fails for what has come there meanwhile, which stays
     yield f"{out}: copy it to the device and run there: sudo sh install.sh"
 
 

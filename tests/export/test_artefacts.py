@@ -16,6 +16,7 @@ from scaphoid.export import publish as publish_module
 from scaphoid.export import trained as trained_module
 from scaphoid.export.artefacts import MANIFEST, ManifestError, accepted, verify, write_manifest
 from scaphoid.export.disk import claim, room_in
+from scaphoid.export.lock import locked
 from scaphoid.export.workspace import Workspace, make
 
 
@@ -276,6 +277,44 @@ def test_what_an_export_would_write_beside_is_not_replaced_either(folder, suffix
     ):
         pass
     assert [each.name for each in beside.iterdir()] == ["thesis.tex"]
+
+
+@pytest.mark.parametrize("kind", ["artefacts", "link"])
+def test_what_the_gate_did_not_reject_is_not_deleted_for_its_name(folder, kind):
+    (folder / "parity.json").touch()
+    rejected = folder.with_name(f"{folder.name}_new.rejected")
+    rejected.symlink_to(folder) if kind == "link" else folder.rename(rejected)
+    with (
+        pytest.raises(trained_module.ExportError, match=r"_new\.rejected is in the way and is not deleted"),
+        publish_module.place_of(folder.with_name(f"{folder.name}_new")),
+    ):
+        pass
+    assert (rejected / MANIFEST).is_file()
+
+
+def test_a_file_in_the_workspaces_place_is_named_and_stays(folder):
+    Workspace(folder).folder.touch()
+    with (
+        pytest.raises(FileExistsError, match=r"\.partial is in the way and is not deleted unasked"),
+        publish_module.place_of(folder),
+    ):
+        pass
+    assert Workspace(folder).folder.is_file()
+
+
+def test_artefacts_are_not_replaced_while_somebody_reads_them(folder, monkeypatch):
+    monkeypatch.setattr(publish_module, "model_card", lambda *_: "")
+    monkeypatch.setattr(publish_module, "markdown", lambda *_: "")
+    monkeypatch.setattr(publish_module, "READERS_S", 0.0)
+    report = {"passed": True, "images": {}, "notes": [], "failures": [], "reference": {}}
+    before = verify(folder)
+    with (
+        locked(folder, alone=False, wait_s=0),
+        pytest.raises(trained_module.ExportError, match="reads what is there"),
+        publish_module.place_of(folder) as work,
+    ):
+        publish_module.publish(work, {"flows": ["kalm"]}, report)
+    assert verify(folder) == before
 
 
 def test_damaged_artefacts_may_be_replaced_and_what_a_killed_export_left_is_not_in_the_way(folder):

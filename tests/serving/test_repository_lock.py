@@ -190,15 +190,15 @@ def test_the_holder_of_the_same_inode_on_another_device_is_not_meant(tmp_path, m
 
 
 @pytest.fixture
-def assembled(monkeypatch):
-    """assembled(repository, weights): `assemble` onto it, of artefacts that are not read."""
-    real = assemble_module.verify
-    monkeypatch.setattr(assemble_module, "verify", lambda path: real(path) if path.is_dir() else {})
+def assembled(monkeypatch, tmp_path_factory):
+    """assembled(repository, weights): `assemble` onto it, of artefacts without content."""
+    artefacts = tmp_path_factory.mktemp("artefacts")
+    write_manifest(artefacts, {})
 
     def assembled(repository: Path, weights: str = "b") -> dict:
         written = lambda artefacts, manifest, folder, *_: begin(folder, weights=weights)  # noqa: E731
         monkeypatch.setattr(assemble_module, "_write_repository", written)
-        return assemble_module.assemble(Path("no artefacts"), repository)
+        return assemble_module.assemble(artefacts, repository)
 
     return assembled
 

@@ -78,6 +78,8 @@ def main(arguments: list[str]) -> None:
     try:
         for line in run(command):
             print(line)
+    except KeyboardInterrupt:
+        sys.exit("scaphoid-serve versions: interrupted; a switch that a server has begun goes on: see `versions show`")
     except (ManifestError, ServerError, OSError) as error:
         sys.exit(f"scaphoid-serve versions: {error}")
 
