@@ -79,7 +79,7 @@ def main(arguments: list[str]) -> None:
         for line in run(command):
             print(line)
     except KeyboardInterrupt:
-        sys.exit("scaphoid-serve versions: interrupted; a switch that a server has begun goes on: see `versions show`")
+        sys.exit("scaphoid-serve versions: interrupted; a switch that a server has begun goes on: see `versions list`")
     except (ManifestError, ServerError, OSError) as error:
         sys.exit(f"scaphoid-serve versions: {error}")
 
